@@ -1,0 +1,24 @@
+"""A vLLM v1 backend for Xinference: engines that start fast, never hang in silence and lose no request.
+
+Importing this package imports neither vLLM, torch nor Xinference: Xinference names it in
+``XINFERENCE_EXTENSIONS=xinf_vllm_backend:extension`` and calls :func:`extension` when it starts.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .plugin.extension import VLLMBackendExtension
+
+__version__ = "0.1.0"
+
+
+def extension() -> VLLMBackendExtension:
+    """Make the extension object that Xinference's ``XINFERENCE_EXTENSIONS`` asks for.
+
+    Putting our classes behind the engine name "vLLM" is part of making it.
+    """
+    from .plugin.extension import VLLMBackendExtension
+
+    return VLLMBackendExtension()

@@ -1,0 +1,1 @@
+"""vLLM engines. Knows no Xinference; nothing below this package knows vLLM."""

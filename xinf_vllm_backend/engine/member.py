@@ -1,0 +1,184 @@
+"""One vLLM engine: started, watched and stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from enum import Enum
+from typing import Any
+
+from ..errors import EngineStartError, EngineStartTimeoutError, EngineStoppedError
+from ..process.context import EngineContext
+from ..process.output import OutputTail
+from ..process.tree import ProcessTree
+from ..settings import Settings
+from . import diagnosis, vllm_seams
+
+KILL_TIMEOUT = 5.0  # seconds until a SIGKILLed process is given up as unkillable
+
+
+class Phase(str, Enum):
+    """What a launch is doing, in the order it does it."""
+
+    ENVIRONMENT = "environment"
+    CONFIGURATION = "engine configuration"
+    PROCESSES = "processes"
+    WEIGHTS = "weights"
+    PROFILING = "memory profiling"
+    WARM_UP = "warm-up"
+    READY = "ready"
+
+
+class EngineMember:
+    """One AsyncLLM and its processes. Whatever is not its own it passes on to the AsyncLLM, once that is ready.
+
+    Args:
+        name: what to call the engine in threads, logs and errors.
+        engine_args: a ``vllm.AsyncEngineArgs``.
+        settings: the options of the model.
+        on_phase: called, from several threads, with each phase of the start.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        engine_args: Any,
+        settings: Settings,
+        on_phase: Callable[[Phase], None] = lambda phase: None,
+    ) -> None:
+        self.name = name
+        self._engine_args = engine_args
+        self._settings = settings
+        self._on_phase = on_phase
+        self._engine: Any = None
+        self._stopping = threading.Event()
+        self._stop_lock = threading.Lock()
+        self._tail = OutputTail()
+        self._tree = ProcessTree()
+        self._context = EngineContext(
+            vllm_seams.SPAWN, vllm_seams.prepare_child, self._child_started, self._tail, self._report
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        engine = self.__dict__.get("_engine")
+        if engine is None:
+            raise AttributeError(f"{name!r}: the vLLM engine of {self.__dict__.get('name')} is not ready")
+        return getattr(engine, name)
+
+    # -- start
+
+    def start(self, timeout: float) -> None:
+        """Start the engine on a thread of its own and wait until it is ready.
+
+        Args:
+            timeout: seconds until nothing is left of the attempt.
+
+        Raises:
+            EngineStartTimeoutError: it was not ready in time.
+            EngineStoppedError: it was stopped while it started.
+            EngineStartError: anything else, with the root cause.
+        """
+        done = threading.Event()
+        failures: list[BaseException] = []
+
+        def load() -> None:
+            try:
+                self._load()
+            except BaseException as error:  # handed to the thread that waits
+                failures.append(error)
+            finally:
+                done.set()
+
+        threading.Thread(target=load, name=f"vllm-engine-loader-{self.name}", daemon=True).start()
+        in_time = done.wait(timeout)
+        if in_time and not failures:
+            self._on_phase(Phase.READY)
+            return
+        was_stopped = self._stopping.is_set()
+        self.stop(0)
+        if was_stopped:
+            raise EngineStoppedError(f"The vLLM engine of {self.name} was stopped while it was starting.")
+        if not in_time:
+            said = diagnosis.last_words(self._tail.lines())
+            raise EngineStartTimeoutError(
+                f"The vLLM engine of {self.name} was not ready after {timeout:g} s and was stopped; raise load_timeout "
+                f"if the model needs longer. Its last words: {said or 'none'}"
+            )
+        raise EngineStartError(self._start_failure(failures[0]))
+
+    def _load(self) -> None:
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        with vllm_seams.starts_from(self._context):
+            self._on_phase(Phase.CONFIGURATION)
+            self._engine = AsyncLLM.from_engine_args(self._engine_args)
+        self._tree.record(child.pid for child in self._context.children)
+
+    def _child_started(self, name: str) -> None:
+        if name != vllm_seams.INSPECTION_PROCESS:
+            self._on_phase(Phase.PROCESSES)
+
+    def _report(self, message: str) -> None:
+        # A report that comes after READY is of no interest, and an unknown one is a newer child's.
+        with contextlib.suppress(ValueError):
+            if self._engine is None:
+                self._on_phase(Phase(message))
+
+    def _start_failure(self, error: BaseException) -> str:
+        cause = diagnosis.describe(error)
+        if any(child.exitcode for child in self._context.children):  # a child failed, so it knows better
+            cause = diagnosis.root_cause(self._tail.lines()) or self._how_children_ended() or cause
+        return f"The vLLM engine of {self.name} failed to start: {cause}"
+
+    # -- watch
+
+    def is_dead(self) -> bool:
+        """Whether a process of the engine ended or vLLM says that it did; False while it was never ready."""
+        engine = self._engine
+        return engine is not None and (
+            any(child.exitcode is not None for child in self._serving()) or bool(engine.errored)
+        )
+
+    def processes(self) -> list[dict[str, Any]]:
+        """The engine's living processes: pid and title of each."""
+        return self._tree.describe()
+
+    def death(self) -> str:
+        """How the engine died, in a sentence with the root cause where one is known."""
+        how = self._how_children_ended() or "it reported itself dead"
+        cause = diagnosis.root_cause(self._tail.lines())
+        return f"The vLLM engine of {self.name} died: {how}" + (f"; {cause}" if cause else "")
+
+    def _serving(self) -> list[Any]:
+        return [child for child in self._context.children if child.name != vllm_seams.INSPECTION_PROCESS]
+
+    def _how_children_ended(self) -> str | None:
+        ended = [child for child in self._serving() if child.exitcode is not None]
+        return ", ".join(diagnosis.describe_exit(c.name, c.pid, c.exitcode) for c in ended) or None
+
+    # -- stop
+
+    def stop(self, timeout: float) -> None:
+        """Stop the engine in whatever state it is; idempotent. Blocks, so never call it on an event loop.
+
+        Args:
+            timeout: seconds for an orderly shutdown; what is left then is killed.
+
+        Raises:
+            EngineStartError: a process survived SIGKILL for 5 s.
+        """
+        self._stopping.set()
+        self._context.seal()
+        with self._stop_lock:
+            self._tree.record(child.pid for child in self._context.children)
+            if self._engine is not None and timeout > 0:
+                shutdown = threading.Thread(target=self._engine.shutdown, name="vllm-engine-shutdown", daemon=True)
+                shutdown.start()
+                shutdown.join(timeout)
+            left = self._tree.kill(KILL_TIMEOUT)
+            for child in self._context.children:
+                child.join(KILL_TIMEOUT)  # reap it
+        if left:
+            pids = ", ".join(str(process.pid) for process in left)
+            raise EngineStartError(f"Processes of the vLLM engine of {self.name} could not be killed: pid {pids}")

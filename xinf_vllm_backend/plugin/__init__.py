@@ -1,0 +1,1 @@
+"""The Xinference side. Nothing below this package knows Xinference."""

@@ -1,0 +1,91 @@
+"""What a model process tells the rest of the cluster: progress, events, the last error, counts."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Awaitable
+from typing import Any
+
+from ..engine.member import Phase
+
+# Under "xinference", or Xinference's own handlers drop it.
+logger = logging.getLogger("xinference.vllm_backend")
+
+TELL_TIMEOUT = 2.0  # seconds; nothing that is told may hold up a load or a recovery
+DEATHS_METRIC = "xinf_vllm_engine_deaths"
+# Xinference's own stages end at 0.82; the phases share the rest. Where each one begins:
+PROGRESS = {
+    Phase.ENVIRONMENT: 0.82,
+    Phase.CONFIGURATION: 0.84,
+    Phase.PROCESSES: 0.88,
+    Phase.WEIGHTS: 0.92,
+    Phase.PROFILING: 0.95,
+    Phase.WARM_UP: 0.97,
+    Phase.READY: 1.0,
+}
+
+
+class ClusterLink:
+    """The way from one model process to its worker and supervisor.
+
+    Args:
+        address: address of the model's own actor pool.
+        replica_uid: uid of the model's own actor.
+    """
+
+    def __init__(self, address: str, replica_uid: str) -> None:
+        from xinference.core.utils import parse_replica_model_uid
+
+        self._address = address
+        self._replica_uid = replica_uid
+        self._in_order = asyncio.Lock()
+        self._model_uid, self._replica = parse_replica_model_uid(replica_uid)
+
+    async def show_phase(self, phase: Phase) -> None:
+        """Put ``phase`` into the launch progress that the CLI, the UI and the REST API show."""
+        from xinference.core.progress_tracker import ProgressTrackerActor
+
+        details = {"stage": "loading", "phase": phase.value, "updated_at": time.time()}
+        key = f"launching-{self._replica_uid}"
+        await self._tell(
+            "progress",
+            self._supervised(ProgressTrackerActor, "set_progress", key, PROGRESS[phase], phase.value, details),
+        )
+
+    async def announce_death(self, reason: str) -> None:
+        """Tell the worker why this process is about to end, and count it; waits at most 2 s for each."""
+        from xinference.core.event import Event, EventCollectorActor, EventType
+
+        event = Event(event_type=EventType.ERROR, event_ts=int(time.time()), event_content=reason)
+        labels = {"model_uid": self._model_uid, "replica_index": str(self._replica), "pid": str(os.getpid())}
+        await asyncio.gather(
+            self._tell("event", self._supervised(EventCollectorActor, "report_event", self._model_uid, event)),
+            self._tell("last error", self._worker("update_model_status", self._replica_uid, last_error=reason)),
+            self._tell("count", self._worker("record_metrics", DEATHS_METRIC, "inc", {"labels": labels})),
+        )
+
+    async def _tell(self, what: str, telling: Awaitable[Any]) -> None:
+        try:
+            await asyncio.wait_for(telling, TELL_TIMEOUT)
+        except Exception as error:
+            logger.warning("The %s of %s did not reach the cluster: %r", what, self._replica_uid, error)
+
+    async def _worker_ref(self) -> Any:
+        import xoscar as xo
+        from xinference.core.worker import WorkerActor
+
+        model = await xo.actor_ref(address=self._address, uid=self._replica_uid)
+        binding = await model.get_worker_binding()
+        return await xo.actor_ref(address=binding["address"], uid=WorkerActor.default_uid())
+
+    async def _worker(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return await getattr(await self._worker_ref(), method)(*args, **kwargs)
+
+    async def _supervised(self, actor: Any, method: str, *args: Any) -> Any:
+        import xoscar as xo
+
+        supervisor = await (await self._worker_ref()).get_supervisor_ref(add_worker=False)
+        return await getattr(await xo.actor_ref(address=supervisor.address, uid=actor.default_uid()), method)(*args)

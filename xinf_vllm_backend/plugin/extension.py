@@ -1,0 +1,60 @@
+"""The extension object that Xinference loads in its API, supervisor and worker processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import __version__
+from .cluster import DEATHS_METRIC
+
+
+class VLLMBackendExtension:
+    """Puts our classes behind the engine name "vLLM"; leaves workers, resources and the API as they are."""
+
+    name = "xinf_vllm_backend"
+    api_version = 1
+
+    def __init__(self) -> None:
+        install()
+
+    def configure_api(self, context: Any) -> None:
+        from . import routes
+
+        routes.add(context)
+
+    def worker_metadata(self) -> dict[str, str]:
+        return {"version": __version__}
+
+    def filter_worker_resources(self, worker: dict[str, Any], workers: list[dict[str, Any]]) -> list[int]:
+        return worker["gpu_devices"]
+
+
+def install() -> None:
+    """Make ours the classes that "vLLM" means in this process; idempotent.
+
+    Xinference's engine hooks run before any extension is loaded, so the class list is changed in place and the table
+    made from it is rebuilt. A catalog refresh appends Xinference's own classes after ours, and the first match wins.
+    """
+    from xinference.model.llm import generate_engine_config_by_model_family, llm_family
+    from xinference.model.llm.custom import get_user_defined_llm_families
+
+    from .models import CLASSES
+
+    _define_metrics()
+    if tuple(llm_family.VLLM_CLASSES[: len(CLASSES)]) == CLASSES:
+        return
+    llm_family.VLLM_CLASSES[:] = CLASSES
+    engines: dict[str, Any] = {}
+    for family in (*llm_family.BUILTIN_LLM_FAMILIES, *get_user_defined_llm_families()):
+        generate_engine_config_by_model_family(family, engines)
+    llm_family.LLM_ENGINES.clear()
+    llm_family.LLM_ENGINES.update(engines)
+
+
+def _define_metrics() -> None:
+    # Xinference finds a metric by its name in that module; the worker's exporter shows it.
+    from xinference.core import metrics
+
+    if not hasattr(metrics, DEATHS_METRIC):
+        counter = metrics.Counter("xinference:vllm_engine_deaths_total", "vLLM engines that died while serving.")
+        setattr(metrics, DEATHS_METRIC, counter)

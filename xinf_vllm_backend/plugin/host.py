@@ -1,0 +1,259 @@
+"""One model actor's engine: load, wait_for_load, the health task, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from xinference.model.llm.vllm.core import VLLMModel
+
+from ..engine import diagnosis, vllm_seams
+from ..engine.member import EngineMember, Phase
+from ..errors import BackendError, BadLaunchArgumentError, EngineStartError, EngineStoppedError
+from ..settings import Settings
+from . import cpu, deaths
+from .cluster import ClusterLink
+
+logger = logging.getLogger("xinference.vllm_backend")
+
+EXIT_STATUS = 1  # by which Xinference sees that the model process has to be made anew
+
+
+class HostedModel(VLLMModel):
+    """Mixed into Xinference's vLLM classes: they prepare the engine's arguments, and we run the engine.
+
+    An instance is pickled twice before ``load()``; until then it holds nothing but plain data. Models across several
+    workers and with a Xavier cache run Xinference's own engine, with our errors, health task and stop.
+    """
+
+    model_family: Any
+    _check_health_task: asyncio.Task[None] | None
+
+    def __init__(self, model_uid: str, model_family: Any, model_path: str, model_config: Any, *args: Any) -> None:
+        arguments = {} if model_config is None else model_config
+        self._options = Settings.options_in(arguments)
+        Settings.resolve(self._options)  # a bad one fails here, before anything is made
+        super().__init__(model_uid, model_family, model_path, arguments, *args)
+        self._stop_requested = False
+        self._death: asyncio.Task[str] | None = None
+        self._link: ClusterLink | None = None
+        self._refuse_unsupported()
+        if cpu.is_cpu_build():
+            self.model_family = cpu.without_vllm(self.model_family)
+
+    def _refuse_unsupported(self) -> None:
+        if self._enable_weight_cache:
+            raise BadLaunchArgumentError(
+                "enable_weight_cache is not supported by xinf_vllm_backend; launch without it, or unset "
+                "XINFERENCE_EXTENSIONS to use Xinference's own vLLM classes."
+            )
+        if self._n_worker == 1 and self._get_xinference_executor_backend() == "xoscar":
+            raise BadLaunchArgumentError(
+                "xinference_vllm_executor_backend='xoscar' forks EngineCore and is not supported on one worker; leave "
+                "it out, and vLLM's own multiprocessing executor is used."
+            )
+
+    # -- what this host offers
+
+    @staticmethod
+    def _has_cuda_device() -> bool:
+        return cpu.is_cpu_build() or VLLMModel._has_cuda_device()
+
+    @staticmethod
+    def _get_cuda_count() -> int:
+        return 1 if cpu.is_cpu_build() else VLLMModel._get_cuda_count()
+
+    def _native_mp_route(self) -> tuple[bool, str]:
+        if not self._is_ours():
+            return super()._native_mp_route()
+        several = self._get_allocated_device_count() > 1
+        return several, "several devices of one worker" if several else "one device"
+
+    def _get_native_mp_parallelism(self) -> tuple[int, int]:
+        config = self._model_config or {}
+        devices = self._get_allocated_device_count()
+        data = int(config.get("data_parallel_size") or 1)
+        pipeline = int(config.get("pipeline_parallel_size") or 1)
+        tensor = int(config.get("tensor_parallel_size") or max(1, devices // (pipeline * data)))
+        if min(tensor, pipeline, data) < 1:
+            raise BadLaunchArgumentError("tensor_, pipeline_ and data_parallel_size must be 1 or more.")
+        return tensor, pipeline
+
+    def _is_ours(self) -> bool:
+        return self._n_worker == 1 and self._xavier_config is None
+
+    # -- load
+
+    def load(self) -> None:
+        """Load the engine on a thread of its own; returns when it is ready (one worker).
+
+        Raises:
+            BackendError, ValueError: one sentence with the root cause; nothing is left running.
+        """
+        started = time.monotonic()
+        self._settings = Settings.resolve(self._options)
+        if self._loop is not None:
+            self._link = ClusterLink(self.model_family.address, self.raw_model_uid)
+        self._show(Phase.ENVIRONMENT)
+        with self._readable_errors(), _environment_kept():
+            vllm_seams.check_version()
+            if not self._is_ours():
+                super().load()
+                return
+            self._check_devices()
+            with vllm_seams.engine_made_by(self._make_member):
+                super().load()
+                self._loading_thread.join(self._settings.load_timeout)
+            if self._stop_requested:
+                raise EngineStoppedError(f"The model {self.model_uid} was stopped while it was loading.")
+            self._engine.start(self._settings.load_timeout - (time.monotonic() - started))
+
+    def wait_for_load(self) -> None:
+        """Finish the load, and start the health task on the event loop."""
+        with self._readable_errors():
+            super().wait_for_load()
+
+    def _make_member(self, engine_args: Any) -> EngineMember:
+        return EngineMember(self.raw_model_uid, engine_args, self._settings, self._show)
+
+    def _sanitize_model_config(self, model_config: Any) -> Any:
+        given = frozenset(model_config or ())
+        config = super()._sanitize_model_config(model_config)
+        if cpu.is_cpu_build():
+            cpu.fill_in(config, given, self._settings)
+        return config
+
+    def _check_devices(self) -> None:
+        if cpu.is_cpu_build():
+            return  # how many ranks fit is for vLLM's own thread binding to say
+        config = self._model_config or {}
+        sizes = {n: int(config.get(n) or 1) for n in ("tensor_parallel_size", "pipeline_parallel_size")}
+        wanted = sizes["tensor_parallel_size"] * sizes["pipeline_parallel_size"]
+        devices = max(1, self._get_cuda_count())
+        if wanted > devices:
+            asked = " x ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
+            raise BadLaunchArgumentError(
+                f"{asked} needs {wanted} devices, but the model has {devices}; ask for fewer ranks or more devices."
+            )
+
+    def _show(self, phase: Phase) -> None:
+        logger.info("Loading %s: %s", self.raw_model_uid, phase.value)
+        if self._link is not None:
+            asyncio.run_coroutine_threadsafe(self._link.show_phase(phase), self._loop)
+
+    @contextlib.contextmanager
+    def _readable_errors(self) -> Iterator[None]:
+        """Whatever is raised crosses the process border as one of our errors, with exactly one string."""
+        try:
+            yield
+        except (BackendError, BadLaunchArgumentError) as error:
+            logger.error("%s", error)
+            raise type(error)(str(error)) from None
+        except Exception as error:
+            logger.exception("Loading %s failed", self.raw_model_uid)
+            kind = BadLaunchArgumentError if isinstance(error, (TypeError, ValueError)) else EngineStartError
+            raise kind(f"The model {self.raw_model_uid} could not be loaded: {_in_words(error)}") from None
+
+    # -- health
+
+    async def _check_healthy(self, interval: float = 30) -> None:
+        """Created as a task by ``wait_for_load``, cancelled by ``stop``; ``interval`` is upstream's and not used."""
+        while not self._engine_is_dead():
+            await asyncio.sleep(self._settings.health_interval)
+        await self.engine_died()
+
+    def _engine_is_dead(self) -> bool:
+        engine = self._engine
+        if self._stop_requested or engine is None:
+            return False
+        return engine.is_dead() if isinstance(engine, EngineMember) else bool(engine.errored)
+
+    def is_stopping(self) -> bool:
+        return self._stop_requested
+
+    async def engine_died(self) -> str:
+        """End this process because its engine is dead, once whoever calls; Xinference then brings the model back.
+
+        Returns:
+            Why it died, for callers that outlive the process's last second.
+        """
+        if self._death is None:
+            self._death = asyncio.get_running_loop().create_task(self._give_up())
+        return await asyncio.shield(self._death)
+
+    async def _give_up(self) -> str:
+        engine = self._engine
+        how = engine.death() if isinstance(engine, EngineMember) else f"The vLLM engine of {self.raw_model_uid} died"
+        reason = f"{how}. The model process ends so that Xinference starts the model again."
+        logger.error("%s", reason)
+        try:
+            deaths.record(self.raw_model_uid, reason)
+            if self._link is not None:
+                await self._link.announce_death(reason)
+            # Nothing of this engine may be alive beside the next one.
+            await asyncio.to_thread(self._stop_engine)
+        except Exception:
+            logger.exception("Cleaning up after the dead engine of %s failed", self.raw_model_uid)
+        os._exit(EXIT_STATUS)
+
+    async def engine_status(self) -> dict[str, Any]:
+        """State, processes and past deaths of this replica's engine, as plain data."""
+        engine = self._engine
+        ours = isinstance(engine, EngineMember)
+        past = deaths.of(self.raw_model_uid)
+        return {
+            "replica": self.raw_model_uid,
+            "state": "stopped" if self._stop_requested else "dead" if self._engine_is_dead() else "ready",
+            "pid": os.getpid(),
+            "processes": engine.processes() if ours else [],
+            "settings": self._settings.model_dump(),
+            "deaths": len(past),
+            "last_error": past[-1] if past else None,
+        }
+
+    # -- stop
+
+    def stop(self) -> None:
+        """Stop the engine in whatever state it is; idempotent, bounded; blocks, so never on an event loop."""
+        deaths.forget(self.raw_model_uid)
+        super().stop()
+
+    def _stop_engine(self) -> None:
+        self._stop_requested = True
+        if not isinstance(self._engine, EngineMember):
+            super()._stop_engine()
+            return
+        task, self._check_health_task = self._check_health_task, None
+        if task is not None:
+            self._loop.call_soon_threadsafe(task.cancel)
+        self._engine.stop(self._settings.stop_timeout)
+
+
+def undecorated(method: Callable[..., Any]) -> Callable[..., Any]:
+    """``method`` without the check that Xinference decorates it with, which stops the model on the event loop."""
+    return getattr(method, "__wrapped__", method)
+
+
+@contextlib.contextmanager
+def _environment_kept() -> Iterator[None]:
+    """Undo what Xinference and vLLM write into ``os.environ`` while they prepare an engine."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})
+
+
+def _in_words(error: Exception) -> str:
+    unknown = re.search(r"AsyncEngineArgs.*unexpected keyword argument '(\w+)'", str(error))
+    if unknown:
+        return f"vLLM {vllm_seams.version()} has no engine argument {unknown[1]!r}; leave it out or correct its name."
+    return diagnosis.describe(error)

@@ -1,0 +1,29 @@
+"""The classes behind the engine name "vLLM": Xinference's own, hosted by us. No logic of their own.
+
+Xinference's virtualenv mode picks a class by the words "chat" and "multi" in its name: keep them.
+"""
+
+from __future__ import annotations
+
+from xinference.model.llm.vllm.core import VLLMChatModel, VLLMModel, VLLMMultiModel
+
+from .check import vllm_check
+from .host import HostedModel, undecorated
+
+
+class HostedVLLMModel(HostedModel):
+    async_generate = vllm_check(undecorated(VLLMModel.async_generate))
+
+
+class HostedVLLMChatModel(HostedModel, VLLMChatModel):
+    async_generate = vllm_check(undecorated(VLLMChatModel.async_generate))
+    async_chat = vllm_check(undecorated(VLLMChatModel.async_chat))
+
+
+class HostedVLLMMultiModel(HostedModel, VLLMMultiModel):
+    async_generate = vllm_check(undecorated(VLLMMultiModel.async_generate))
+    async_chat = vllm_check(undecorated(VLLMMultiModel.async_chat))
+
+
+# Chat before base, so that a model that can chat and generate gets the class that can do both.
+CLASSES = (HostedVLLMChatModel, HostedVLLMMultiModel, HostedVLLMModel)

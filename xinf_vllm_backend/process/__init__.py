@@ -1,0 +1,1 @@
+"""How engine processes are made, bound and killed. Knows neither vLLM nor Xinference."""

@@ -1,0 +1,66 @@
+"""Record, kill and await a tree of processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import time
+from collections.abc import Iterable
+
+import psutil
+
+
+class ProcessTree:
+    """The processes of one engine, known by pid and creation time, so also after they were re-parented."""
+
+    def __init__(self) -> None:
+        self._known: set[psutil.Process] = set()
+
+    def record(self, pids: Iterable[int | None]) -> None:
+        """Remember the processes ``pids`` and all their descendants; those that are gone are passed over."""
+        for pid in pids:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process = psutil.Process(pid)
+                self._known |= {process, *process.children(recursive=True)}
+
+    def alive(self) -> list[psutil.Process]:
+        """Those recorded that still run; a zombie does not."""
+        return [process for process in self._known if _runs(process)]
+
+    def describe(self) -> list[dict[str, int | str]]:
+        """Pid and title of each that runs, sorted by pid."""
+        found: list[dict[str, int | str]] = []
+        for process in sorted(self.alive(), key=lambda process: process.pid):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.append({"pid": process.pid, "title": " ".join(process.cmdline()).strip() or process.name()})
+        return found
+
+    def kill(self, timeout: float) -> list[psutil.Process]:
+        """SIGKILL all that was recorded, with descendants that came since, and wait up to ``timeout`` seconds.
+
+        Returns:
+            The processes that are still there, empty when all are gone.
+        """
+        self.record([process.pid for process in self.alive()])
+        for process in self.alive():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        return self.wait_gone(timeout)
+
+    def wait_gone(self, timeout: float) -> list[psutil.Process]:
+        """Wait up to ``timeout`` seconds until none of them runs; returns those that still do."""
+        deadline = time.monotonic() + timeout
+        for process in self.alive():
+            # Not psutil's wait: it would reap a child whose exit code its multiprocessing.Process still wants.
+            with contextlib.suppress(ProcessLookupError), os.fdopen(os.pidfd_open(process.pid)) as handle:
+                if _runs(process):  # the pid is not another's by now
+                    select.select([handle], [], [], max(0.0, deadline - time.monotonic()))
+        return self.alive()
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

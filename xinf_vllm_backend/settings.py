@@ -1,0 +1,60 @@
+"""Every option of the backend: name, default, unit, meaning.
+
+Each may be given per launch (``xinference launch ... --load_timeout 600``) or for all launches as an environment
+variable (``XINF_VLLM_LOAD_TIMEOUT=600``); the launch wins.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import BadLaunchArgumentError
+
+ENVIRONMENT_PREFIX = "XINF_VLLM_"
+
+
+class Settings(BaseModel):
+    """The options of one model, checked."""
+
+    model_config = ConfigDict(frozen=True)
+
+    load_timeout: float = Field(
+        1800.0, gt=0, description="time in seconds from the start of load() until the engine must be ready"
+    )
+    stop_timeout: float = Field(
+        10.0, gt=0, description="time in seconds that an engine has to shut down before its processes are killed"
+    )
+    health_interval: float = Field(
+        0.5, gt=0, description="time in seconds between two looks at whether the engine is still alive"
+    )
+    cpu_kv_cache_gib: float = Field(
+        0.0, ge=0, description="KV cache in GiB per model on a CPU host; 0 chooses by the free memory"
+    )
+
+    @classmethod
+    def options_in(cls, launch_arguments: MutableMapping[str, Any]) -> dict[str, Any]:
+        """Take our options out of ``launch_arguments``; what is left there is the engine's."""
+        return {name: launch_arguments.pop(name) for name in cls.model_fields if name in launch_arguments}
+
+    @classmethod
+    def resolve(cls, options: Mapping[str, Any]) -> Settings:
+        """The settings for a launch with ``options``, in the environment of this process.
+
+        Raises:
+            BadLaunchArgumentError: a value is of the wrong type or out of range.
+        """
+        variables = {name: os.environ.get(ENVIRONMENT_PREFIX + name.upper()) for name in cls.model_fields}
+        given = {name: value for name, value in variables.items() if value is not None} | dict(options)
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0])
+            raise BadLaunchArgumentError(
+                f"{name}={first['input']!r} cannot be used: {first['msg'].lower()} "
+                f"({name} is the {cls.model_fields[name].description})."
+            ) from None
