@@ -27,6 +27,10 @@ class EngineDiedError(BackendError):
     """The vLLM engine died while it served."""
 
 
+class BadRequestError(ValueError):
+    """A request that cannot be served as it is; only this request failed."""
+
+
 class BadLaunchArgumentError(ValueError):
     """A launch argument that cannot work; nothing was started."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import textwrap
 from collections.abc import Iterable, Sequence
 
 import psutil
@@ -27,6 +28,12 @@ _SECOND_HAND = (
     "encountered an issue",
     "connection closed by peer",
 )
+# Causes whose own words do not say what to do.
+_ADVICE = {
+    re.compile(r"SafetensorError|PytorchStreamReader|invalid load key"): "a weight file is damaged; fetch it again",
+    re.compile(r"OutOfMemoryError|out of memory", re.IGNORECASE): "lower gpu_memory_utilization or max_model_len",
+}
+MAX_LENGTH = 600  # characters of a cause: some list all they know
 _PYDANTIC_NOISE = re.compile(r"^(?:Value error|Assertion failed), ")
 
 
@@ -61,9 +68,11 @@ def describe(error: BaseException) -> str:
     """``error`` as one line: its type and text; pydantic's errors without their boilerplate."""
     errors = getattr(error, "errors", None)
     if type(error).__name__ == "ValidationError" and callable(errors):
-        return "; ".join(
-            ".".join(map(str, item["loc"])) + (": " if item["loc"] else "") + _PYDANTIC_NOISE.sub("", item["msg"])
-            for item in errors()
+        return _shortened(
+            "; ".join(
+                ".".join(map(str, item["loc"])) + (": " if item["loc"] else "") + _PYDANTIC_NOISE.sub("", item["msg"])
+                for item in errors()
+            )
         )
     text = " ".join(str(error).split())
     return _sentence(type(error).__name__, text) if text else type(error).__name__
@@ -88,7 +97,13 @@ def last_words(lines: Sequence[str]) -> str | None:
 
 
 def _sentence(kind: str, text: str) -> str:
-    return " ".join(f"{kind}: {text}".split())
+    sentence = _shortened(f"{kind}: {text}")
+    advice = next((advice for pattern, advice in _ADVICE.items() if pattern.search(sentence)), None)
+    return f"{sentence} ({advice})" if advice else sentence
+
+
+def _shortened(text: str) -> str:
+    return textwrap.shorten(text, MAX_LENGTH, placeholder=" ...")
 
 
 def _memory_is_short() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable
 from enum import Enum
 from typing import Any
@@ -13,7 +14,7 @@ from ..process.context import EngineContext
 from ..process.output import OutputTail
 from ..process.tree import ProcessTree
 from ..settings import Settings
-from . import diagnosis, vllm_seams
+from . import arguments, diagnosis, vllm_seams
 
 KILL_TIMEOUT = 5.0  # seconds until a SIGKILLed process is given up as unkillable
 
@@ -52,6 +53,7 @@ class EngineMember:
         self._settings = settings
         self._on_phase = on_phase
         self._engine: Any = None
+        self._phase = Phase.ENVIRONMENT
         self._stopping = threading.Event()
         self._stop_lock = threading.Lock()
         self._tail = OutputTail()
@@ -68,17 +70,20 @@ class EngineMember:
 
     # -- start
 
-    def start(self, timeout: float) -> None:
-        """Start the engine on a thread of its own and wait until it is ready.
+    def start(self, since: float | None = None) -> None:
+        """Start the engine on a thread of its own and wait until it is ready, ``load_timeout`` seconds at most.
 
         Args:
-            timeout: seconds until nothing is left of the attempt.
+            since: ``time.monotonic()`` from which the time counts; by default now.
 
         Raises:
+            BadLaunchArgumentError: an engine argument is of the wrong type; nothing was started.
             EngineStartTimeoutError: it was not ready in time.
             EngineStoppedError: it was stopped while it started.
             EngineStartError: anything else, with the root cause.
         """
+        arguments.check(self._engine_args)
+        deadline = (time.monotonic() if since is None else since) + self._settings.load_timeout
         done = threading.Event()
         failures: list[BaseException] = []
 
@@ -91,9 +96,9 @@ class EngineMember:
                 done.set()
 
         threading.Thread(target=load, name=f"vllm-engine-loader-{self.name}", daemon=True).start()
-        in_time = done.wait(timeout)
+        in_time = done.wait(max(0.0, deadline - time.monotonic()))
         if in_time and not failures:
-            self._on_phase(Phase.READY)
+            self._enter(Phase.READY)
             return
         was_stopped = self._stopping.is_set()
         self.stop(0)
@@ -102,8 +107,9 @@ class EngineMember:
         if not in_time:
             said = diagnosis.last_words(self._tail.lines())
             raise EngineStartTimeoutError(
-                f"The vLLM engine of {self.name} was not ready after {timeout:g} s and was stopped; raise load_timeout "
-                f"if the model needs longer. Its last words: {said or 'none'}"
+                f"The vLLM engine of {self.name} was not ready after {self._settings.load_timeout:g} s and was stopped "
+                f"in the phase {self._phase.value!r}; raise load_timeout if the model needs longer."
+                + (f" It last said: {said}" if said else "")
             )
         raise EngineStartError(self._start_failure(failures[0]))
 
@@ -111,19 +117,23 @@ class EngineMember:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         with vllm_seams.starts_from(self._context):
-            self._on_phase(Phase.CONFIGURATION)
+            self._enter(Phase.CONFIGURATION)
             self._engine = AsyncLLM.from_engine_args(self._engine_args)
         self._tree.record(child.pid for child in self._context.children)
 
+    def _enter(self, phase: Phase) -> None:
+        self._phase = phase
+        self._on_phase(phase)
+
     def _child_started(self, name: str) -> None:
         if name != vllm_seams.INSPECTION_PROCESS:
-            self._on_phase(Phase.PROCESSES)
+            self._enter(Phase.PROCESSES)
 
     def _report(self, message: str) -> None:
         # A report that comes after READY is of no interest, and an unknown one is a newer child's.
         with contextlib.suppress(ValueError):
             if self._engine is None:
-                self._on_phase(Phase(message))
+                self._enter(Phase(message))
 
     def _start_failure(self, error: BaseException) -> str:
         cause = diagnosis.describe(error)

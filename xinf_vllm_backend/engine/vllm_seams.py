@@ -23,9 +23,10 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from ..errors import UnsupportedVersionError
+from ..errors import BackendError, BadRequestError, UnsupportedVersionError
 from ..process import bootstrap
 from ..process.context import EngineContext
+from . import diagnosis
 
 SUPPORTED = SpecifierSet(">=0.27.1,<0.34")
 
@@ -135,6 +136,15 @@ def starts_from(context: EngineContext) -> Iterator[None]:
         _of_this_thread.reset(token)
 
 
+def start_method() -> str | None:
+    """By which method vLLM would start an engine child here: "spawn" or "fork"; None without vLLM."""
+    owner = CONTEXT.owner()
+    if owner is None or not hasattr(owner, "get_mp_context"):
+        return None
+    with starts_from(EngineContext(SPAWN, prepare_child)):
+        return owner.get_mp_context().get_start_method()
+
+
 def prepare_child() -> None:
     """Called in each engine child before its target: its own children come from a context like its own."""
     global _of_this_process
@@ -195,6 +205,18 @@ def engine_dead_errors() -> tuple[type[Exception], ...]:
         with contextlib.suppress(ImportError, AttributeError):
             found.append(getattr(importlib.import_module(module), name))
     return tuple(found)
+
+
+def explain_request_error(error: BaseException) -> BadRequestError | BackendError | None:
+    """An exception of vLLM's own, which one request raised, as one of ours; None for any other exception.
+
+    vLLM wraps what the input of a request made it raise into an ``EngineGenerateError`` without a text.
+    """
+    if not type(error).__module__.startswith("vllm."):
+        return None
+    cause = error.__cause__ or error
+    is_clients = isinstance(cause, ValueError) or type(cause).__name__ == "VLLMValidationError"
+    return BadRequestError(str(cause)) if is_clients else BackendError(diagnosis.describe(cause))
 
 
 def _install_context() -> bool:

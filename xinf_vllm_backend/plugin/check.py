@@ -7,7 +7,7 @@ import functools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
-from ..engine.vllm_seams import engine_dead_errors
+from ..engine.vllm_seams import engine_dead_errors, explain_request_error
 from ..errors import EngineDiedError, EngineStoppedError
 
 F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
@@ -17,16 +17,16 @@ def vllm_check(fn: F) -> F:
     """Wrap a coroutine method of a model, and the async iterator it may return.
 
     Only the exceptions by which vLLM says that its engine is dead are taken for that; whatever else a request raises
-    is that request's alone. A dead engine is reported to the model (``engine_died``), which brings it back; the
-    request gets one readable error.
+    is that request's alone. A dead engine is reported to the model (``engine_died``), which brings it back. Errors of
+    vLLM's own are raised as ours: a supervisor without vLLM could not even unpickle them.
     """
 
     @functools.wraps(fn)
     async def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             result = await fn(self, *args, **kwargs)
-        except engine_dead_errors() as error:
-            raise await _failure(self) from error
+        except Exception as error:
+            raise await _readable(self, error) from error
         return _checked_iterator(self, result) if hasattr(result, "__aiter__") else result
 
     return checked  # type: ignore[return-value]
@@ -41,11 +41,13 @@ async def _checked_iterator(model: Any, iterable: Any) -> AsyncIterator[Any]:
                 closing.push_async_callback(iterator.aclose)
             async for item in iterator:
                 yield item
-    except engine_dead_errors() as error:
-        raise await _failure(model) from error
+    except Exception as error:
+        raise await _readable(model, error) from error
 
 
-async def _failure(model: Any) -> Exception:
-    if model.is_stopping():
-        return EngineStoppedError(f"The model {model.model_uid} was stopped while the request ran; send it again.")
-    return EngineDiedError(await model.engine_died())
+async def _readable(model: Any, error: Exception) -> Exception:
+    if isinstance(error, engine_dead_errors()):
+        if model.is_stopping():
+            return EngineStoppedError(f"The model {model.model_uid} was stopped while the request ran; send it again.")
+        return EngineDiedError(await model.engine_died())
+    return explain_request_error(error) or error

@@ -9,7 +9,7 @@ from .cluster import DEATHS_METRIC
 
 
 class VLLMBackendExtension:
-    """Puts our classes behind the engine name "vLLM"; leaves workers, resources and the API as they are."""
+    """Puts our classes behind the engine name "vLLM"; adds to the API; leaves resources as they are."""
 
     name = "xinf_vllm_backend"
     api_version = 1
@@ -18,9 +18,10 @@ class VLLMBackendExtension:
         install()
 
     def configure_api(self, context: Any) -> None:
-        from . import routes
+        from . import rest_errors, routes
 
         routes.add(context)
+        rest_errors.install(context.app)
 
     def worker_metadata(self) -> dict[str, str]:
         return {"version": __version__}

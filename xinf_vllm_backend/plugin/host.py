@@ -9,19 +9,21 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from xinference.model.llm.vllm.core import VLLMModel
 
 from ..engine import diagnosis, vllm_seams
 from ..engine.member import EngineMember, Phase
-from ..errors import BackendError, BadLaunchArgumentError, EngineStartError, EngineStoppedError
+from ..errors import BackendError, BadLaunchArgumentError, BadRequestError, EngineStartError, EngineStoppedError
 from ..settings import Settings
 from . import cpu, deaths
 from .cluster import ClusterLink
 
 logger = logging.getLogger("xinference.vllm_backend")
 
+_TOKENIZER_FILE = re.compile(r"token|tekken|vocab|merges|spiece|\.model$")
 EXIT_STATUS = 1  # by which Xinference sees that the model process has to be made anew
 
 
@@ -36,10 +38,11 @@ class HostedModel(VLLMModel):
     _check_health_task: asyncio.Task[None] | None
 
     def __init__(self, model_uid: str, model_family: Any, model_path: str, model_config: Any, *args: Any) -> None:
-        arguments = {} if model_config is None else model_config
-        self._options = Settings.options_in(arguments)
+        launch_arguments = {} if model_config is None else model_config
+        self._options = Settings.options_in(launch_arguments)
         Settings.resolve(self._options)  # a bad one fails here, before anything is made
-        super().__init__(model_uid, model_family, model_path, arguments, *args)
+        self._given = frozenset(launch_arguments)
+        super().__init__(model_uid, model_family, model_path, launch_arguments, *args)
         self._stop_requested = False
         self._death: asyncio.Task[str] | None = None
         self._link: ClusterLink | None = None
@@ -106,13 +109,16 @@ class HostedModel(VLLMModel):
             if not self._is_ours():
                 super().load()
                 return
+            self._check_model_directory()
             self._check_devices()
             with vllm_seams.engine_made_by(self._make_member):
                 super().load()
                 self._loading_thread.join(self._settings.load_timeout)
             if self._stop_requested:
                 raise EngineStoppedError(f"The model {self.model_uid} was stopped while it was loading.")
-            self._engine.start(self._settings.load_timeout - (time.monotonic() - started))
+            if self._loading_error is not None:
+                raise self._loading_error[1]
+            self._engine.start(started)
 
     def wait_for_load(self) -> None:
         """Finish the load, and start the health task on the event loop."""
@@ -123,11 +129,32 @@ class HostedModel(VLLMModel):
         return EngineMember(self.raw_model_uid, engine_args, self._settings, self._show)
 
     def _sanitize_model_config(self, model_config: Any) -> Any:
-        given = frozenset(model_config or ())
         config = super()._sanitize_model_config(model_config)
         if cpu.is_cpu_build():
-            cpu.fill_in(config, given, self._settings)
+            cpu.fill_in(config, self._given, self._settings)
         return config
+
+    def _sanitize_generate_config(self, generate_config: Any = None) -> Any:
+        config = VLLMModel._sanitize_generate_config(generate_config)
+        wanted, known = config["lora_name"], [lora.lora_name for lora in self.lora_requests]
+        if wanted is not None and wanted not in known:  # upstream would answer from the base model
+            raise BadRequestError(f"There is no LoRA {wanted!r}; the model has {', '.join(known) or 'none'}.")
+        if not isinstance(config["guided_json"], (str, dict, type(None))):  # upstream would answer unconstrained
+            raise BadRequestError("guided_json must be a JSON schema, as an object or as text.")
+        return config
+
+    def _check_model_directory(self) -> None:
+        if self.model_spec.model_format == "ggufv2":
+            return
+        path = Path(self.model_path)
+        names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+        missing = None
+        if not names & {"config.json", "params.json"}:  # of Transformers and of Mistral
+            missing = "config.json"
+        elif not any(map(_TOKENIZER_FILE.search, names)) and not {"tokenizer", "skip_tokenizer_init"} & self._given:
+            missing = "tokenizer"  # without one vLLM makes up an empty one and serves nonsense
+        if missing:
+            raise BadLaunchArgumentError(f"The model directory {path} holds no {missing}; it is wrong or incomplete.")
 
     def _check_devices(self) -> None:
         if cpu.is_cpu_build():

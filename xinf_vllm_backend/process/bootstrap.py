@@ -58,8 +58,7 @@ def run(setup: ChildSetup, call: bytes) -> None:
         bind_to(parent.sentinel)
     os.environ.update(setup.environment)
     _setup = setup
-    if setup.output is not None:
-        _redirect_output(setup.output)
+    _redirect_output(setup.output)
     initializer, target, args, kwargs = pickle.loads(call)
     if initializer is not None:
         initializer()
@@ -84,12 +83,13 @@ def _exit_with(sentinel: int) -> None:
     os._exit(1)
 
 
-def _redirect_output(output: Connection) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.dup2(output.fileno(), 1)
-    os.dup2(output.fileno(), 2)
-    output.close()
+def _redirect_output(output: Connection | None) -> None:
+    if output is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+        output.close()
     # A pipe is block-buffered by default, and what is in the buffer is lost with a killed process.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)

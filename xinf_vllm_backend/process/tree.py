@@ -18,11 +18,14 @@ class ProcessTree:
         self._known: set[psutil.Process] = set()
 
     def record(self, pids: Iterable[int | None]) -> None:
-        """Remember the processes ``pids`` and all their descendants; those that are gone are passed over."""
+        """Remember the processes ``pids`` and all their descendants; those gone or never started are passed over."""
         for pid in pids:
+            if pid is None:  # never started; psutil would take it for ourselves
+                continue
             with contextlib.suppress(psutil.NoSuchProcess):
                 process = psutil.Process(pid)
-                self._known |= {process, *process.children(recursive=True)}
+                # A new set: another thread may be looking at the old one.
+                self._known = self._known | {process, *process.children(recursive=True)}
 
     def alive(self) -> list[psutil.Process]:
         """Those recorded that still run; a zombie does not."""

@@ -1,0 +1,334 @@
+"""A real Xinference cluster on free loopback ports, in a temporary home, with every process of it accounted for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import httpx
+import psutil
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+    from xinference.client import RESTfulClient
+
+T = TypeVar("T")
+
+# Every process of the cluster inherits it, so that it is found also after its parent died.
+_MARK = "XINF_VLLM_CLUSTER"
+_POLL = 0.1
+
+
+def wait_until(predicate: Callable[[], T], timeout: float, what: str) -> T:
+    """Ask ``predicate`` until it answers something true, and return that.
+
+    Raises:
+        TimeoutError: it did not within ``timeout`` seconds; the message names ``what``.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        if answer := predicate():
+            return answer
+        if time.monotonic() >= deadline:
+            raise TimeoutError(f"waited {timeout:g} s for {what}")
+        time.sleep(_POLL)
+
+
+class Cluster:
+    """A running ``xinference-local``, or supervisor and worker, of the Python environment this runs in.
+
+    A context manager: entering starts it and waits until it takes models; leaving stops it and leaves no process and,
+    unless ``directory`` was given, no file.
+
+    Args:
+        extension: what ``XINFERENCE_EXTENSIONS`` is to be; None is stock Xinference.
+        supervisor_worker: start ``xinference-supervisor`` and ``xinference-worker`` in place of ``xinference-local``.
+        virtual_env: give every model a virtual environment of its own, Xinference's default; off saves time.
+        env: further environment variables of the cluster and of its command line.
+        directory: the home and the log go there and stay; by default into a temporary directory.
+        start_timeout: seconds to be up within.
+    """
+
+    def __init__(
+        self,
+        *,
+        extension: str | None = "xinf_vllm_backend:extension",
+        supervisor_worker: bool = False,
+        virtual_env: bool = False,
+        env: Mapping[str, str] | None = None,
+        directory: Path | None = None,
+        start_timeout: float = 120.0,
+    ) -> None:
+        self._mark = uuid.uuid4().hex
+        self._supervisor_worker = supervisor_worker
+        self._start_timeout = start_timeout
+        self._keep = directory is not None
+        self.directory = Path(directory or tempfile.mkdtemp(prefix="xinf-vllm-")).resolve()
+        self.log_path = self.directory / "cluster.log"
+        self._port, self._supervisor_port, self._worker_port = _free_ports(3)
+        self.endpoint = f"http://127.0.0.1:{self._port}"
+        self._services: list[subprocess.Popen[bytes]] = []
+        self._guards: list[subprocess.Popen[bytes]] = []
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("XINFERENCE_")},
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+            "XINFERENCE_HOME": str(self.directory / "home"),
+            "XINFERENCE_ENABLE_VIRTUAL_ENV": str(int(virtual_env)),
+            "XINFERENCE_AUTH_ADVANCED": "0",  # else every call wants the credentials of an admin account
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_CACHE_ROOT": str(self._make_vllm_cache()),
+            "NO_PROXY": "127.0.0.1,localhost",
+            "no_proxy": "127.0.0.1,localhost",
+            "PYTHONUNBUFFERED": "1",
+            # setproctitle would write the title over the environment that the mark is read from.
+            "SPT_NOENV": "1",
+            _MARK: self._mark,
+            **(env or {}),
+        }
+        if extension is not None:
+            self.environment["XINFERENCE_EXTENSIONS"] = extension
+
+    def __enter__(self) -> Cluster:
+        try:
+            self.start()
+            self.wait_until_up(self._start_timeout)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Start the services, without waiting for them."""
+        host = ("--host", "127.0.0.1")
+        if not self._supervisor_worker:
+            self._serve("xinference-local", *host, "--port", str(self._port))
+            return
+        self._serve(
+            "xinference-supervisor", *host, "--port", str(self._port), "--supervisor-port", str(self._supervisor_port)
+        )
+        wait_until(self._answers, self._start_timeout, "the supervisor to answer")
+        exporter = ("--metrics-exporter-host", "127.0.0.1")
+        self._serve(
+            "xinference-worker", *host, "--worker-port", str(self._worker_port), "--endpoint", self.endpoint, *exporter
+        )
+
+    def wait_until_up(self, timeout: float) -> None:
+        """Wait until a worker is there to take models.
+
+        Raises:
+            RuntimeError: a service ended, or ``timeout`` seconds passed; the message ends with the end of the log.
+        """
+        try:
+            wait_until(self._has_worker, timeout, f"the cluster at {self.endpoint}")
+        except (RuntimeError, TimeoutError) as error:
+            raise RuntimeError(f"Xinference did not come up: {error}\n{self.log_text()[-4000:]}") from None
+
+    def cli(self, command: str, *args: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
+        """Run ``xinference COMMAND -e ENDPOINT ARGS...`` to its end, whatever its exit status.
+
+        Raises:
+            subprocess.TimeoutExpired: it took longer than ``timeout`` seconds; it was killed.
+        """
+        return subprocess.run(
+            self.cli_line(command, *args),
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    def cli_line(self, command: str, *args: str) -> list[str]:
+        """The command line that :meth:`cli` runs."""
+        return [_program("xinference"), command, "-e", self.endpoint, *args]
+
+    def register(self, definition: dict[str, Any]) -> None:
+        """``xinference register`` a custom LLM (see :func:`.tiny_model.model_registration`).
+
+        Raises:
+            RuntimeError: Xinference refused it; the message ends with what it said.
+        """
+        path = self.directory / f"{definition['model_name']}.json"
+        path.write_text(json.dumps(definition))
+        done = self.cli("register", "--model-type", "LLM", "--file", str(path))
+        if done.returncode != 0:
+            raise RuntimeError(f"model {definition['model_name']} was not registered: {done.stderr.strip()[-1000:]}")
+
+    def launch(self, name: str, *args: str, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
+        """``xinference launch --model-engine vllm`` ``name``; that is also the uid unless ``args`` give one."""
+        return self.cli("launch", *launch_arguments(name, *args), timeout=timeout)
+
+    def get(self, path: str) -> Any:
+        """What the API answers to a GET of ``path``; None if it does not within 5 s, or not with status 200.
+
+        Raises:
+            RuntimeError: a service of the cluster has ended.
+        """
+        for service in self._services:
+            if service.poll() is not None:
+                raise RuntimeError(f"a service of the cluster ended with status {service.returncode}")
+        try:
+            answer = httpx.get(self.endpoint + path, timeout=5.0, trust_env=False)
+        except httpx.HTTPError:
+            return None
+        return answer.json() if answer.status_code == httpx.codes.OK else None
+
+    def client(self) -> RESTfulClient:
+        """Xinference's own client."""
+        from xinference.client import RESTfulClient
+
+        client = RESTfulClient(self.endpoint)
+        client.session.trust_env = False  # no proxy between here and the loopback
+        return client
+
+    def openai(self, timeout: float = 120.0) -> OpenAI:
+        """The OpenAI client for this cluster: no retries, ``timeout`` seconds for a request."""
+        from openai import OpenAI
+
+        http = httpx.Client(trust_env=False, timeout=timeout)
+        return OpenAI(base_url=f"{self.endpoint}/v1", api_key="none", max_retries=0, timeout=timeout, http_client=http)
+
+    def log_text(self) -> str:
+        """All that the services and their children wrote so far."""
+        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+
+    def processes(self) -> list[psutil.Process]:
+        """Every live process of this cluster, orphans included, by pid."""
+        return sorted(self._marked(), key=lambda process: process.pid)
+
+    def engine_processes(self, kind: str = "") -> list[psutil.Process]:
+        """vLLM's processes; ``kind`` "EngineCore" or "Worker" gives only those."""
+        return [process for process in self.processes() if title(process).startswith(f"VLLM::{kind}")]
+
+    def model_processes(self) -> list[psutil.Process]:
+        """The model actors' processes, one for each replica."""
+        return [process for process in self.processes() if title(process).startswith("Model: ")]
+
+    def stop(self, timeout: float = 60.0) -> list[str]:
+        """Stop the cluster as an operator does, with SIGTERM, and kill what is still there after ``timeout`` seconds.
+
+        Returns:
+            Pid and title of each process that had to be killed; empty is how it should be.
+
+        Raises:
+            TimeoutError: a process outlived even SIGKILL.
+        """
+        while self._guards:
+            guard = self._guards.pop()
+            guard.kill()
+            guard.communicate()
+        deadline = time.monotonic() + timeout
+        for service in reversed(self._services):  # the worker before its supervisor
+            if service.poll() is None:
+                service.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                service.wait(max(0.0, deadline - time.monotonic()))
+        with contextlib.suppress(TimeoutError):
+            wait_until(lambda: not self.processes(), max(0.0, deadline - time.monotonic()), "the processes to end")
+        left = [f"{process.pid} {title(process)}" for process in self.processes()]
+        wait_until(self._killed, 10.0, "killed processes to be gone")
+        return left
+
+    def close(self) -> None:
+        """Stop, and remove the temporary directory."""
+        try:
+            self.stop()
+        finally:
+            if not self._keep:
+                shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _make_vllm_cache(self) -> Path:
+        """A cache for vLLM that goes with the cluster, but for what vLLM found out about model classes (13 s each)."""
+        usual = os.environ.get("VLLM_CACHE_ROOT") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "vllm"
+        known = Path(usual).expanduser() / "modelinfos"
+        known.mkdir(parents=True, exist_ok=True)
+        cache = self.directory / "vllm-cache"
+        cache.mkdir(exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            (cache / "modelinfos").symlink_to(known, target_is_directory=True)
+        return cache
+
+    def _serve(self, program: str, *args: str) -> None:
+        with self.log_path.open("ab") as log:
+            service = subprocess.Popen(
+                [_program(program), *args],
+                env=self.environment,
+                cwd=self.directory,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for us, not for the cluster
+            )
+        self._services.append(service)
+        # Should this process die without stopping it, the guard reads the end of its pipe and does.
+        guard = ["sh", "-c", f"read released || kill {service.pid}"]
+        self._guards.append(subprocess.Popen(guard, stdin=subprocess.PIPE, start_new_session=True))
+
+    def _answers(self) -> bool:
+        return self.get("/v1/cluster/auth") is not None
+
+    def _has_worker(self) -> bool:
+        return bool(self.get("/v1/workers"))
+
+    def _marked(self) -> Iterator[psutil.Process]:
+        for process in psutil.process_iter():
+            # Those of others refuse to be read, and one may end while it is looked at.
+            with contextlib.suppress(psutil.Error, OSError):
+                if process.environ().get(_MARK) == self._mark and process.status() != psutil.STATUS_ZOMBIE:
+                    yield process
+
+    def _killed(self) -> bool:
+        for service in self._services:
+            service.poll()  # reaps it
+        left = self.processes()
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
+        return not left
+
+
+def launch_arguments(name: str, *args: str) -> list[str]:
+    """The arguments of ``xinference launch`` for the model ``name`` on vLLM; the uid is the name unless given."""
+    uid = () if {"--model-uid", "-u"} & set(args) else ("--model-uid", name)
+    return ["--model-name", name, *uid, "--model-engine", "vllm", *args]
+
+
+def title(process: psutil.Process) -> str:
+    """What ``ps`` shows for it, "" once it is gone."""
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline()).strip()
+    return ""
+
+
+def _program(name: str) -> str:
+    """The command ``name`` of this Python's environment."""
+    return str(Path(sys.executable).parent / name)
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports of the loopback that nobody listens on now; all are held until the last is found, so they differ."""
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]

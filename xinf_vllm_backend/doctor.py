@@ -1,0 +1,132 @@
+"""What ``xinf-vllm doctor`` looks at, and what it advises."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from .engine import vllm_seams
+
+ENTRY = "xinf_vllm_backend:extension"
+XINFERENCE = SpecifierSet(">=4.1,<4.2")
+PYTHON = SpecifierSet(">=3.10")
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing looked at: what was found, whether it is right, and what to do where it is not."""
+
+    subject: str
+    found: str
+    ok: bool = True
+    advice: str = ""
+
+    def as_dict(self) -> dict[str, str | bool]:
+        return dataclasses.asdict(self)
+
+
+def examine() -> list[Finding]:
+    """Look at everything, in the order in which one thing needs the other."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # vLLM logs to stdout, where our findings go
+    return [*_versions(), *_extension(), *_seams(), _start_method(), _virtualenv()]
+
+
+def table(findings: list[Finding]) -> str:
+    """The findings for a person, one row each."""
+    from tabulate import tabulate
+
+    rows = [
+        (
+            "ok" if finding.ok else "WRONG",
+            finding.subject,
+            textwrap.fill(finding.found, 60),
+            textwrap.fill(finding.advice, 50),
+        )
+        for finding in findings
+    ]
+    return tabulate(rows, headers=("", "what", "found", "what to do"))
+
+
+def _versions() -> Iterator[Finding]:
+    yield _version("Python", ".".join(map(str, sys.version_info[:3])), PYTHON)
+    yield _version("xinference", _installed("xinference"), XINFERENCE)
+    yield _version("vLLM", vllm_seams.version(), vllm_seams.SUPPORTED)
+    yield _version("torch", _installed("torch"), SpecifierSet())
+    yield _version("xoscar", _installed("xoscar"), SpecifierSet())
+
+
+def _version(name: str, found: str | None, supported: SpecifierSet) -> Finding:
+    if found is None:
+        advice = "install it: pip install 'xinf_vllm_backend[vllm]', or '[cpu]' on a host without GPUs"
+        return Finding(name, "not found", False, advice)
+    if not supported.contains(Version(found).public, prereleases=True):
+        return Finding(name, found, False, f"install a version in the supported range {supported}")
+    return Finding(name, f"{found} (supported: {supported or 'any'})")
+
+
+def _extension() -> Iterator[Finding]:
+    configured = os.environ.get("XINFERENCE_EXTENSIONS", "")
+    if ENTRY not in (entry.replace(" ", "") for entry in configured.split(",")):
+        advice = f"set XINFERENCE_EXTENSIONS={ENTRY} for every Xinference process, on every node"
+        yield Finding("XINFERENCE_EXTENSIONS", configured or "not set", False, advice)
+        return
+    yield Finding("XINFERENCE_EXTENSIONS", configured)
+    try:
+        behind = _classes_behind_vllm()
+    except Exception as error:  # whatever it is, it is what Xinference would meet
+        yield Finding('class behind "vLLM"', f"{type(error).__name__}: {error}", False, "mend the import error first")
+        return
+    foreign = sorted(name for name in behind if not name.startswith(f"{__package__}."))
+    ok = bool(behind) and not foreign
+    advice = "" if ok else "another extension puts its own classes there: remove it from XINFERENCE_EXTENSIONS"
+    yield Finding('class behind "vLLM"', ", ".join(sorted(behind)) or "none", ok, advice)
+
+
+def _classes_behind_vllm() -> set[str]:
+    import xinference.model  # noqa: F401 - Xinference's own registration comes first, as in its services
+    from xinference.extensions import get_extensions
+    from xinference.model.llm.llm_family import LLM_ENGINES
+
+    get_extensions()
+    found = (entry["llm_class"] for engines in LLM_ENGINES.values() for entry in engines.get("vLLM", ()))
+    return {f"{cls.__module__}.{cls.__qualname__}" for cls in found}
+
+
+def _seams() -> Iterator[Finding]:
+    for seam in vllm_seams.SEAMS:
+        there = seam.present()
+        advice = "" if there else f"without it {seam.without}; use a vLLM in {vllm_seams.SUPPORTED}"
+        yield Finding(f"seam {seam.name}", f"for {seam.used_for}" if there else "gone", there, advice)
+
+
+def _start_method() -> Finding:
+    method = vllm_seams.start_method()
+    return Finding(
+        "start method of engine processes",
+        method or "unknown: vLLM cannot be imported",
+        method == "spawn",
+        "" if method == "spawn" else "engine processes would be forked from a process with threads",
+    )
+
+
+def _virtualenv() -> Finding:
+    uv = shutil.which("uv")
+    advice = "install uv, or launch with --enable-virtual-env false"
+    wanted = os.environ.get("XINFERENCE_ENABLE_VIRTUAL_ENV", "1") not in ("0", "false", "False")
+    ok = uv is not None or not wanted
+    return Finding("uv, for Xinference's virtualenv mode", uv or "not found", ok, "" if ok else advice)
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
