@@ -11,7 +11,6 @@ import textwrap
 from collections.abc import Iterator
 
 from packaging.specifiers import SpecifierSet
-from packaging.version import Version
 
 from .engine import vllm_seams
 
@@ -67,7 +66,7 @@ def _version(name: str, found: str | None, supported: SpecifierSet) -> Finding:
     if found is None:
         advice = "install it: pip install 'xinf_vllm_backend[vllm]', or '[cpu]' on a host without GPUs"
         return Finding(name, "not found", False, advice)
-    if not supported.contains(Version(found).public, prereleases=True):
+    if not vllm_seams.is_supported(found, supported):
         return Finding(name, found, False, f"install a version in the supported range {supported}")
     return Finding(name, f"{found} (supported: {supported or 'any'})")
 

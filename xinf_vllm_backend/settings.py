@@ -20,7 +20,7 @@ ENVIRONMENT_PREFIX = "XINF_VLLM_"
 class Settings(BaseModel):
     """The options of one model, checked."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     load_timeout: float = Field(
         1800.0, gt=0, description="time in seconds from the start of load() until the engine must be ready"
@@ -54,7 +54,8 @@ class Settings(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             name = str(first["loc"][0])
+            source = name if name in options else ENVIRONMENT_PREFIX + name.upper()
             raise BadLaunchArgumentError(
-                f"{name}={first['input']!r} cannot be used: {first['msg'].lower()} "
+                f"{source}={first['input']!r} cannot be used: {first['msg'].lower()} "
                 f"({name} is the {cls.model_fields[name].description})."
             ) from None

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import re
-import signal
-import textwrap
 from collections.abc import Iterable, Sequence
 
-import psutil
-
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # "(EngineCore pid=12) ERROR 11-20 09:00:00 [core.py:1275] " and parts of it, as vLLM prefixes its children's lines.
 _PREFIX = re.compile(
-    r"^(?:\x1b\[[0-9;]*m)*(?:\((?P<source>[^()]* pid=\d+)\)(?:\x1b\[[0-9;]*m)*\s?)?"
-    r"(?:(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) [\d:. -]+\[[^\]]+\]\s?)?"
+    r"^(?:\((?P<source>[^()]* pid=\d+)\)\s?)*"
+    r"(?:(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL) [\d:. -]+\[[^\]]+\]\s?)?"
 )
 _RAISED = re.compile(
-    r"^(?P<type>(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Warning)|Exception): (?P<text>.+)$"
+    r"^(?P<type>(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt)|Exception)(?:: (?P<text>.+))?$"
 )
+_PYDANTIC = re.compile(r"^\d+ validation errors? for ")  # what is wrong stands in the two lines after it
+_ENDED = re.compile(r"^\S+ \(pid \d+\) (?:was killed by|exited with status) ")
 _SAME_CHAIN = re.compile(r"^(The above exception was the direct cause|During handling of the above exception)")
 # Said by a process about another one's failure, or by one that is told to go.
 _SECOND_HAND = (
@@ -26,6 +25,7 @@ _SECOND_HAND = (
     "background process",
     "cancelled",
     "encountered an issue",
+    "executor failed",
     "connection closed by peer",
 )
 # Causes whose own words do not say what to do.
@@ -34,7 +34,7 @@ _ADVICE = {
     re.compile(r"OutOfMemoryError|out of memory", re.IGNORECASE): "lower gpu_memory_utilization or max_model_len",
 }
 MAX_LENGTH = 600  # characters of a cause: some list all they know
-_PYDANTIC_NOISE = re.compile(r"^(?:Value error|Assertion failed), ")
+_PYDANTIC_NOISE = re.compile(r"^(?:Value error|Assertion failed), | \[type=.*$")
 
 
 def root_cause(lines: Iterable[str]) -> str | None:
@@ -44,24 +44,32 @@ def root_cause(lines: Iterable[str]) -> str | None:
         lines: output lines, oldest first, of one or several processes.
 
     Returns:
-        ``"ValueError: ..."``, the last exception of the first chain that speaks of its own failure, or None.
+        ``"ValueError: ..."``, the last exception of the first chain that speaks of its own failure; else what is said
+        of the first process that ended (see :mod:`..process.exits`); else None.
     """
+    ended: str | None = None
     found: str | None = None
     found_in: str | None = None
-    chained = False
-    for line in lines:
-        prefix = _PREFIX.match(line)
-        source = prefix.group("source") if prefix else None
-        text = line[prefix.end() :] if prefix else line
+    goes_on: set[str | None] = set()  # sources whose next exception belongs to the chain of the last one
+    details = 0
+    for source, text in filter(None, map(_split, lines)):
+        if found is not None and details and source == found_in:
+            found, details = f"{found} {_PYDANTIC_NOISE.sub('', text.strip())}", details - 1
+            continue
         if _SAME_CHAIN.match(text):
-            chained = source == found_in
+            goes_on.add(source)
             continue
+        if ended is None and _ENDED.match(text):
+            ended = text
         raised = _RAISED.match(text)
-        if raised is None or any(word in raised["text"].lower() for word in _SECOND_HAND):
+        if raised is None:
             continue
-        if found is None or (chained and source == found_in):
-            found, found_in, chained = _sentence(raised["type"].rpartition(".")[2], raised["text"]), source, False
-    return found
+        second_hand = any(word in text.lower() for word in _SECOND_HAND)
+        if not second_hand and (found is None or (source == found_in and source in goes_on)):
+            kind, said = raised["type"].rpartition(".")[2], raised["text"] or ""
+            found, found_in, details = f"{kind}: {said}" if said else kind, source, 2 * bool(_PYDANTIC.match(said))
+        goes_on.discard(source)
+    return _advised(found) if found else ended
 
 
 def describe(error: BaseException) -> str:
@@ -74,38 +82,29 @@ def describe(error: BaseException) -> str:
                 for item in errors()
             )
         )
-    text = " ".join(str(error).split())
-    return _sentence(type(error).__name__, text) if text else type(error).__name__
-
-
-def describe_exit(name: str, pid: int | None, exit_code: int) -> str:
-    """How a process ended: ``"EngineCore (pid 12) was killed by SIGKILL"``."""
-    who = f"{name} (pid {pid})"
-    if exit_code >= 0:
-        return f"{who} exited with status {exit_code}"
-    try:
-        by = signal.Signals(-exit_code).name
-    except ValueError:
-        by = f"signal {-exit_code}"
-    hint = ", as the kernel does when memory runs out" if by == "SIGKILL" and _memory_is_short() else ""
-    return f"{who} was killed by {by}{hint}"
+    kind, text = type(error).__name__, " ".join(str(error).split())
+    return _advised(f"{kind}: {text}" if text else kind)
 
 
 def last_words(lines: Sequence[str]) -> str | None:
     """The last line that says something, without vLLM's prefix; None when nothing was printed."""
-    return next((text for line in reversed(lines) if (text := _PREFIX.sub("", line).strip())), None)
+    bare = (_PREFIX.sub("", _COLOUR.sub("", line)).strip() for line in reversed(lines))
+    return next(filter(None, bare), None)
 
 
-def _sentence(kind: str, text: str) -> str:
-    sentence = _shortened(f"{kind}: {text}")
+def _split(line: str) -> tuple[str | None, str] | None:
+    """Source and text of a line; None for what is logged below the level of errors."""
+    line = _COLOUR.sub("", line)
+    prefix = _PREFIX.match(line)
+    assert prefix is not None  # it matches the empty string
+    return None if prefix["level"] in ("DEBUG", "INFO", "WARNING") else (prefix["source"], line[prefix.end() :])
+
+
+def _advised(sentence: str) -> str:
     advice = next((advice for pattern, advice in _ADVICE.items() if pattern.search(sentence)), None)
-    return f"{sentence} ({advice})" if advice else sentence
+    return _shortened(sentence) + (f" ({advice})" if advice else "")
 
 
 def _shortened(text: str) -> str:
-    return textwrap.shorten(text, MAX_LENGTH, placeholder=" ...")
-
-
-def _memory_is_short() -> bool:
-    memory = psutil.virtual_memory()
-    return memory.available < memory.total * 0.1
+    text = " ".join(text.split())
+    return text if len(text) <= MAX_LENGTH else text[: MAX_LENGTH - 4] + " ..."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing.connection
 import threading
 import time
 from collections.abc import Callable
@@ -11,11 +12,13 @@ from typing import Any
 
 from ..errors import EngineStartError, EngineStartTimeoutError, EngineStoppedError
 from ..process.context import EngineContext
+from ..process.exits import describe_exit
 from ..process.output import OutputTail
 from ..process.tree import ProcessTree
 from ..settings import Settings
 from . import arguments, diagnosis, vllm_seams
 
+EXIT_TIMEOUT = 0.5  # seconds that a dead engine's processes have to end by themselves
 KILL_TIMEOUT = 5.0  # seconds until a SIGKILLed process is given up as unkillable
 
 
@@ -120,6 +123,7 @@ class EngineMember:
             self._enter(Phase.CONFIGURATION)
             self._engine = AsyncLLM.from_engine_args(self._engine_args)
         self._tree.record(child.pid for child in self._context.children)
+        self._tail.clear()  # what was said until now explains no later death
 
     def _enter(self, phase: Phase) -> None:
         self._phase = phase
@@ -137,6 +141,7 @@ class EngineMember:
 
     def _start_failure(self, error: BaseException) -> str:
         cause = diagnosis.describe(error)
+        self._context.await_output(EXIT_TIMEOUT)
         if any(child.exitcode for child in self._context.children):  # a child failed, so it knows better
             cause = diagnosis.root_cause(self._tail.lines()) or self._how_children_ended() or cause
         return f"The vLLM engine of {self.name} failed to start: {cause}"
@@ -155,7 +160,12 @@ class EngineMember:
         return self._tree.describe()
 
     def death(self) -> str:
-        """How the engine died, in a sentence with the root cause where one is known."""
+        """How the engine died, in a sentence with the root cause where one is known; blocks for up to a second.
+
+        vLLM reports itself dead a moment before its processes have ended and their last lines are read.
+        """
+        multiprocessing.connection.wait([child.sentinel for child in self._serving()], EXIT_TIMEOUT)
+        self._context.await_output(EXIT_TIMEOUT)
         how = self._how_children_ended() or "it reported itself dead"
         cause = diagnosis.root_cause(self._tail.lines())
         return f"The vLLM engine of {self.name} died: {how}" + (f"; {cause}" if cause else "")
@@ -165,7 +175,7 @@ class EngineMember:
 
     def _how_children_ended(self) -> str | None:
         ended = [child for child in self._serving() if child.exitcode is not None]
-        return ", ".join(diagnosis.describe_exit(c.name, c.pid, c.exitcode) for c in ended) or None
+        return ", ".join(describe_exit(c.name, c.pid, c.exitcode) for c in ended) or None
 
     # -- stop
 

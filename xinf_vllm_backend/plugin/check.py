@@ -26,7 +26,8 @@ def vllm_check(fn: F) -> F:
         try:
             result = await fn(self, *args, **kwargs)
         except Exception as error:
-            raise await _readable(self, error) from error
+            await _raise_readable(self, error)
+            raise
         return _checked_iterator(self, result) if hasattr(result, "__aiter__") else result
 
     return checked  # type: ignore[return-value]
@@ -42,12 +43,18 @@ async def _checked_iterator(model: Any, iterable: Any) -> AsyncIterator[Any]:
             async for item in iterator:
                 yield item
     except Exception as error:
-        raise await _readable(model, error) from error
+        await _raise_readable(model, error)
+        raise
 
 
-async def _readable(model: Any, error: Exception) -> Exception:
-    if isinstance(error, engine_dead_errors()):
-        if model.is_stopping():
-            return EngineStoppedError(f"The model {model.model_uid} was stopped while the request ran; send it again.")
-        return EngineDiedError(await model.engine_died())
-    return explain_request_error(error) or error
+async def _raise_readable(model: Any, error: Exception) -> None:
+    """Raise ``error`` as one of ours where it is vLLM's own; return for any other."""
+    if not isinstance(error, engine_dead_errors()):
+        ours = explain_request_error(error)
+        if ours is not None:
+            raise ours from error
+    elif model.is_stopping():
+        message = f"The model {model.model_uid} was stopped while the request ran; send it again."
+        raise EngineStoppedError(message) from error
+    else:
+        raise EngineDiedError(await model.engine_died()) from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Awaitable
 from typing import Any
@@ -55,14 +54,19 @@ class ClusterLink:
             self._supervised(ProgressTrackerActor, "set_progress", key, PROGRESS[phase], phase.value, details),
         )
 
-    async def announce_death(self, reason: str) -> None:
-        """Tell the worker why this process is about to end, and count it; waits at most 2 s for each."""
+    async def announce(self, text: str, *, error: bool = False) -> None:
+        """Add ``text`` to the model's events (``GET /v1/models/{uid}/events``)."""
         from xinference.core.event import Event, EventCollectorActor, EventType
 
-        event = Event(event_type=EventType.ERROR, event_ts=int(time.time()), event_content=reason)
-        labels = {"model_uid": self._model_uid, "replica_index": str(self._replica), "pid": str(os.getpid())}
+        kind = EventType.ERROR if error else EventType.INFO
+        event = Event(event_type=kind, event_ts=int(time.time()), event_content=text)
+        await self._tell("event", self._supervised(EventCollectorActor, "report_event", self._model_uid, event))
+
+    async def announce_death(self, reason: str) -> None:
+        """Tell the cluster why this process is about to end, and count it; waits at most 2 s for each."""
+        labels = {"model_uid": self._model_uid, "replica_index": str(self._replica)}
         await asyncio.gather(
-            self._tell("event", self._supervised(EventCollectorActor, "report_event", self._model_uid, event)),
+            self.announce(reason, error=True),
             self._tell("last error", self._worker("update_model_status", self._replica_uid, last_error=reason)),
             self._tell("count", self._worker("record_metrics", DEATHS_METRIC, "inc", {"labels": labels})),
         )

@@ -15,7 +15,7 @@ GIB = 1 << 30
 KV_CACHE_SHARE = 0.1  # of the memory that is free at launch: leaves room for the weights and for a second model
 KV_CACHE_LEAST = 256 << 20  # bytes
 KV_CACHE_MOST = 16 * GIB
-_VLLM_REQUIREMENT = re.compile(r"^\s*(?:#vllm_dependencies#|vllm\b)", re.IGNORECASE)
+_VLLM_REQUIREMENT = re.compile(r"^\s*(?:#vllm_dependencies#|vllm(?![\w.-]))", re.IGNORECASE)
 
 
 def is_cpu_build() -> bool:

@@ -20,9 +20,12 @@ def record(replica_uid: str, reason: str) -> None:
 
 def of(replica_uid: str) -> list[dict[str, Any]]:
     """The deaths since the replica was launched, oldest first: ``time`` in seconds since the epoch, ``reason``."""
+    found = []
     with contextlib.suppress(FileNotFoundError):
-        return [json.loads(line) for line in _path(replica_uid).read_text().splitlines()]
-    return []
+        for line in _path(replica_uid).read_text().splitlines():
+            with contextlib.suppress(ValueError):  # half a line, of a process killed while it wrote
+                found.append(json.loads(line))
+    return found
 
 
 def forget(replica_uid: str) -> None:

@@ -124,6 +124,10 @@ class HostedModel(VLLMModel):
         """Finish the load, and start the health task on the event loop."""
         with self._readable_errors():
             super().wait_for_load()
+        past = deaths.of(self.raw_model_uid)
+        if past and self._link is not None:
+            back = f"The model {self.raw_model_uid} serves again, after this: {past[-1]['reason']}"
+            asyncio.run_coroutine_threadsafe(self._link.announce(back), self._loop)
 
     def _make_member(self, engine_args: Any) -> EngineMember:
         return EngineMember(self.raw_model_uid, engine_args, self._settings, self._show)
@@ -216,7 +220,9 @@ class HostedModel(VLLMModel):
 
     async def _give_up(self) -> str:
         engine = self._engine
-        how = engine.death() if isinstance(engine, EngineMember) else f"The vLLM engine of {self.raw_model_uid} died"
+        how = f"The vLLM engine of {self.raw_model_uid} died"
+        if isinstance(engine, EngineMember):
+            how = await asyncio.to_thread(engine.death)
         reason = f"{how}. The model process ends so that Xinference starts the model again."
         logger.error("%s", reason)
         try:

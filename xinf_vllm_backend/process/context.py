@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from multiprocessing.connection import Pipe
 from multiprocessing.context import SpawnContext, SpawnProcess
@@ -17,6 +18,7 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from . import bootstrap
+from .exits import announce_exit
 from .output import ChildOutput, OutputTail
 
 
@@ -46,6 +48,7 @@ class EngineContext(SpawnContext):
         self.tail = tail
         self.on_report = on_report
         self.children: list[EngineProcess] = []
+        self.outputs: list[ChildOutput] = []
         self._sealed = False
         self._lock = threading.Lock()
 
@@ -63,6 +66,12 @@ class EngineContext(SpawnContext):
         """From now on no child can be started, whoever tries; those that were started are in ``children``."""
         with self._lock:
             self._sealed = True
+
+    def await_output(self, timeout: float) -> None:
+        """Wait up to ``timeout`` seconds for the last lines of children that have ended."""
+        deadline = time.monotonic() + timeout
+        for output in self.outputs:
+            output.join(max(0.0, deadline - time.monotonic()))
 
     def launch(self, process: EngineProcess, start: Callable[[], None]) -> None:
         """Start ``process`` and remember it, unless this context was sealed.
@@ -99,6 +108,7 @@ class EngineProcess(SpawnProcess):
 
     def start(self) -> None:
         """Start the process; returns as soon as it runs, before it has imported anything."""
+        assert "_context" in self.__dict__, "cannot start a process twice"
         context, call = self.__dict__.pop("_context"), self.__dict__.pop("_call")  # not for the child to have
         with contextlib.ExitStack() as stack:
             output = reports = None
@@ -121,6 +131,9 @@ class EngineProcess(SpawnProcess):
                 raise
         if readers is not None:
             readers.start()
+            context.outputs.append(readers)
+        else:
+            announce_exit(self)
 
 
 class _Nested:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 
-MAX_LINES = 400
+logger = logging.getLogger(__name__)
+
+MAX_LINES = 2000  # a failing engine with 8 Workers prints some 600
 MAX_LINE_LENGTH = 2000  # characters
 
 
@@ -66,7 +69,7 @@ class ChildOutput(threading.Thread):
         data = os.read(self._output.fileno(), 1 << 16)
         _pass_on(data)
         *lines, self._rest = (self._rest + data).replace(b"\r", b"\n").split(b"\n")
-        self._rest = self._rest[-MAX_LINE_LENGTH:]
+        self._rest = self._rest[: 4 * MAX_LINE_LENGTH]  # a character has at most 4 bytes
         for line in lines:
             if line.strip():
                 self._tail.append(_text(line))
@@ -78,7 +81,10 @@ class ChildOutput(threading.Thread):
         except EOFError:
             return False
         if self._on_report is not None:
-            self._on_report(message)
+            try:
+                self._on_report(message)
+            except Exception:  # the child would block on a pipe that nobody reads any more
+                logger.exception("A report of %s could not be handled: %s", self.name, message)
         return True
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import threading
 import time
 from collections.abc import Iterable
 
@@ -16,6 +17,7 @@ class ProcessTree:
 
     def __init__(self) -> None:
         self._known: set[psutil.Process] = set()
+        self._lock = threading.Lock()
 
     def record(self, pids: Iterable[int | None]) -> None:
         """Remember the processes ``pids`` and all their descendants; those gone or never started are passed over."""
@@ -24,8 +26,9 @@ class ProcessTree:
                 continue
             with contextlib.suppress(psutil.NoSuchProcess):
                 process = psutil.Process(pid)
-                # A new set: another thread may be looking at the old one.
-                self._known = self._known | {process, *process.children(recursive=True)}
+                found = {process, *process.children(recursive=True)}
+                with self._lock:
+                    self._known = self._known | found  # a new set: another thread may be looking at the old one
 
     def alive(self) -> list[psutil.Process]:
         """Those recorded that still run; a zombie does not."""

@@ -1,0 +1,112 @@
+"""Each mistake a person can make at launch: one clear sentence, nothing left running, and the next launch works."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from xinf_vllm_backend.demo.cluster import Cluster, wait_until
+from xinf_vllm_backend.demo.tiny_model import make_tiny_model
+
+pytestmark = pytest.mark.e2e
+
+AT_ONCE = 3  # launches side by side: most of each is imports
+
+
+def _without_tokenizer(model: Path) -> None:
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+
+
+def _truncated(model: Path) -> None:
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+
+
+def _unknown_architecture(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"architectures": ["NobodysForCausalLM"]}))
+
+
+def _empty(model: Path) -> None:
+    for path in model.iterdir():
+        path.unlink()
+
+
+DIRECTORIES = {
+    "missing": (shutil.rmtree, r"missing File or directory does not exist"),
+    "empty": (_empty, r"holds no config\.json"),
+    "no-tokenizer": (_without_tokenizer, r"tokenizer"),
+    "truncated": (_truncated, r"SafetensorError: .*(incomplete|header|deserializ)"),
+    "unknown-architecture": (_unknown_architecture, r"NobodysForCausalLM.* not supported"),
+}
+ARGUMENTS = {
+    "unknown-argument": (("--no_such_argument", "1"), r"has no engine argument 'no_such_argument'"),
+    "wrong-type": (("--max_num_seqs", "many"), r"max_num_seqs.*valid integer"),
+    "contradiction": (
+        ("--max_num_batched_tokens", "16", "--enable_chunked_prefill", "false"),
+        r"max_num_batched_tokens \(16\) is smaller than max_model_len",
+    ),
+    "kv-cache-too-large": (("--cpu_kv_cache_gib", "100000"), r"memory"),
+    "too-many-ranks": (("--tensor_parallel_size", "4"), r"tensor_parallel_size=4|NUMA nodes"),
+    "weight-cache": (("--enable_weight_cache", "true"), r"enable_weight_cache is not supported"),
+    "xoscar-executor": (("--xinference_vllm_executor_backend", "xoscar"), r"'xoscar' .* not supported"),
+    "bad-option": (("--load_timeout", "soon"), r"load_timeout='soon' cannot be used: .*number"),
+    "too-late": (("--load_timeout", "3"), r"not ready after 3 s"),
+}
+FAKE_VLLM = {
+    "no-vllm": ("raise ImportError('none here')", r"vLLM cannot be imported"),
+    "old-vllm": ("__version__ = '0.20.0'", r"vLLM 0\.20\.0 is outside the supported range"),
+}
+
+
+@pytest.fixture(scope="module")
+def launches(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future]]:
+    """All the bad launches, some at a time: by case, what the command line printed and returned."""
+    bad = tmp_path_factory.mktemp("bad")
+    arguments: dict[str, tuple[str, ...]] = {case: given for case, (given, _) in ARGUMENTS.items()}
+    for case, (spoil, _) in DIRECTORIES.items():
+        spoil(make_tiny_model(bad / case))
+        arguments[case] = ("--model-path", str(bad / case))
+    for case, (module, _) in FAKE_VLLM.items():
+        (bad / case / "vllm").mkdir(parents=True)
+        (bad / case / "vllm" / "__init__.py").write_text(module + "\n")
+        arguments[case] = ("--env", "PYTHONPATH", str(bad / case))
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        yield {
+            case: pool.submit(cluster.launch, "tiny", "--model-uid", case, *given) for case, given in arguments.items()
+        }
+
+
+CASES = {case: sentence for table in (DIRECTORIES, ARGUMENTS, FAKE_VLLM) for case, (_, sentence) in table.items()}
+
+
+@pytest.mark.parametrize(("case", "sentence"), CASES.items(), ids=CASES)
+def test_the_command_line_fails_with_one_clear_sentence(
+    launches: dict[str, Future[subprocess.CompletedProcess[str]]], case: str, sentence: str
+) -> None:
+    launch = launches[case].result()
+    said = launch.stderr.strip().splitlines()[-1]
+    assert launch.returncode != 0
+    assert re.search(sentence, said, re.IGNORECASE), launch.stderr
+    for unhelpful in ("__new__", "root cause above", "ModuleNotFoundError", "see stack trace", "Traceback"):
+        assert unhelpful not in said
+
+
+def test_nothing_is_left_running_and_the_next_good_launch_works(
+    cluster: Cluster, launches: dict[str, Future[subprocess.CompletedProcess[str]]]
+) -> None:
+    for launch in launches.values():
+        launch.result()
+    wait_until(lambda: not cluster.model_processes() + cluster.engine_processes(), 5, "all processes to be gone")
+    good = cluster.launch("tiny", "--model-uid", "good", "--enforce_eager", "true")
+    assert good.returncode == 0, good.stderr
+    answer = cluster.openai().completions.create(model="good", prompt="Hello", max_tokens=3)
+    assert answer.usage is not None and answer.usage.completion_tokens == 3

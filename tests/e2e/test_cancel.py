@@ -1,0 +1,48 @@
+"""A launch that is cancelled, or whose cluster is stopped, leaves nothing, whatever it was doing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx
+import pytest
+
+from xinf_vllm_backend.demo.cluster import Cluster, wait_until
+from xinf_vllm_backend.demo.tiny_model import make_tiny_model, model_registration
+from xinf_vllm_backend.engine.member import Phase
+
+pytestmark = pytest.mark.e2e
+
+GONE = 5.0  # seconds until nothing may be left of a cancelled launch
+PHASES = [Phase.CONFIGURATION, Phase.PROCESSES, Phase.WEIGHTS, Phase.PROFILING, Phase.WARM_UP]
+
+
+def launch_up_to(cluster: Cluster, phase: Phase, uid: str) -> None:
+    """Start to launch "tiny" and return when the launch progress shows ``phase`` or a later one."""
+    names = [each.value for each in Phase]
+    seen: list[str] = []
+
+    def reached() -> bool:
+        answer = httpx.get(f"{cluster.endpoint}/v1/models/{uid}/progress", trust_env=False)
+        replicas = answer.json().get("replicas") or [] if answer.is_success else []
+        seen.extend(name for name in (replica.get("info") for replica in replicas) if name in names)
+        return any(names.index(name) >= names.index(phase.value) for name in seen)
+
+    cluster.client().launch_model("tiny", model_engine="vllm", model_uid=uid, wait_ready=False)
+    wait_until(reached, 120, f"the phase {phase.value!r}, after {seen}")
+
+
+@pytest.mark.parametrize("phase", PHASES, ids=lambda phase: phase.value)
+def test_a_cancelled_launch_leaves_nothing_and_does_not_come_back(cluster: Cluster, phase: Phase) -> None:
+    uid = f"cancelled-{phase.name.lower()}"
+    launch_up_to(cluster, phase, uid)
+    cluster.client().cancel_launch_model(uid)
+    wait_until(lambda: not cluster.engine_processes() + cluster.model_processes(), GONE, "everything to be gone")
+    assert uid not in cluster.client().list_models()
+
+
+def test_a_stopped_cluster_leaves_nothing_of_a_launch_under_way(tmp_path: Path) -> None:
+    with Cluster() as cluster:
+        cluster.register(model_registration("tiny", make_tiny_model(tmp_path / "tiny")))
+        launch_up_to(cluster, Phase.WEIGHTS, "loading")
+        assert cluster.stop() == []

@@ -1,0 +1,99 @@
+"""An engine or a model process that dies is noticed with no request sent, and the model serves again by itself."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from xinf_vllm_backend.demo.cluster import Cluster, wait_until
+
+pytestmark = pytest.mark.e2e
+
+NOTICED = 2.0  # seconds until a dead engine must be noticed
+GONE = 5.0  # seconds until nothing may be left of an engine
+BACK = 120.0  # seconds: a bound, not an aim
+
+
+@pytest.fixture(scope="module")
+def serving(cluster: Cluster) -> Iterator[Cluster]:
+    launch = cluster.launch("tiny", "--enforce_eager", "true")
+    assert launch.returncode == 0, launch.stderr
+    yield cluster
+
+
+def status(cluster: Cluster) -> dict[str, Any]:
+    return httpx.get(f"{cluster.endpoint}/v1/models/tiny/engine", trust_env=False, timeout=30).json()["replicas"][0]
+
+
+def answers(cluster: Cluster) -> bool:
+    try:
+        return bool(cluster.openai(timeout=30).completions.create(model="tiny", prompt="a", max_tokens=2).choices)
+    except openai.OpenAIError:
+        return False
+
+
+def kill(cluster: Cluster, process: psutil.Process, how: signal.Signals) -> float:
+    assert answers(cluster)  # the healthy case first, or "it never served" would pass for "it died"
+    process.send_signal(how)
+    return time.monotonic()
+
+
+@pytest.mark.parametrize("kind", ["EngineCore", "Worker"])
+def test_a_killed_engine_is_noticed_and_the_model_comes_back_once(serving: Cluster, kind: str) -> None:
+    (model,), old = serving.model_processes(), serving.engine_processes()
+    deaths = status(serving)["deaths"]
+    (victim,) = serving.engine_processes(kind)
+    killed = kill(serving, victim, signal.SIGKILL)
+
+    wait_until(lambda: not model.is_running() or model.status() == psutil.STATUS_ZOMBIE, 30, "the process to end")
+    noticed = serving.log_text().count("The vLLM engine of tiny-rep0 died")
+    assert noticed >= 1
+    assert time.monotonic() - killed < NOTICED + GONE
+    assert not [process for process in old if process.is_running()]  # no second engine beside the first
+
+    wait_until(lambda: answers(serving), BACK, "the model to serve again")
+    assert len(serving.model_processes()) == 1
+    assert len(serving.engine_processes("EngineCore")) == len(serving.engine_processes("Worker")) == 1
+    now = status(serving)
+    assert now["pid"] != model.pid and now["deaths"] == deaths + 1
+    sentence = rf"The vLLM engine of tiny-rep0 died: .*\w*{kind}\S* \(pid {victim.pid}\) was killed by SIGKILL"
+    assert re.match(sentence, now["last_error"]["reason"])
+    events = httpx.get(f"{serving.endpoint}/v1/models/tiny/events", trust_env=False).json()
+    assert any(re.search(sentence, event["event_content"]) for event in events)
+
+
+def test_the_log_says_within_2_seconds_that_the_engine_died(serving: Cluster) -> None:
+    before = serving.log_text().count("ERROR xinference.vllm_backend")
+    (victim,) = serving.engine_processes("EngineCore")
+    kill(serving, victim, signal.SIGKILL)
+    wait_until(lambda: serving.log_text().count("ERROR xinference.vllm_backend") > before, NOTICED, "the log to say so")
+    wait_until(lambda: answers(serving), BACK, "the model to serve again")
+
+
+def test_a_killed_model_process_takes_its_engine_along(serving: Cluster) -> None:
+    (model,), old = serving.model_processes(), serving.engine_processes()
+    assert len(old) == 2
+    kill(serving, model, signal.SIGKILL)
+    wait_until(lambda: not [p for p in old if p.is_running()], GONE, "the orphans to end")
+    wait_until(lambda: answers(serving), BACK, "the model to serve again")
+
+
+def test_the_deaths_are_counted(serving: Cluster) -> None:
+    address = re.findall(r"Metrics server is started at: (http://[\d.:]+)", serving.log_text())[-1]
+    metrics = httpx.get(f"{address}/metrics", trust_env=False).text
+    counts = re.findall(r'^xinference:vllm_engine_deaths_total\{.*model_uid="tiny".*\} (\d+)', metrics, re.MULTILINE)
+    assert sum(map(int, counts)) == status(serving)["deaths"] == 3
+
+
+def test_terminate_leaves_nothing(serving: Cluster) -> None:
+    ended = serving.cli("terminate", "--model-uid", "tiny")
+    assert ended.returncode == 0, ended.stderr
+    wait_until(lambda: not serving.engine_processes() + serving.model_processes(), GONE, "everything to be gone")

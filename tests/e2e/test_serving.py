@@ -1,0 +1,130 @@
+"""A launched model serves: by the command line, REST, Xinference's client and the OpenAI client."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from xinf_vllm_backend.demo.cluster import Cluster, wait_until
+
+pytestmark = pytest.mark.e2e
+
+PROMPT = "The keeper of the lighthouse"
+MESSAGES: list[Any] = [{"role": "user", "content": "Who keeps the light?"}]
+
+
+@pytest.fixture(scope="module")
+def launched(cluster: Cluster) -> Iterator[tuple[Cluster, str]]:
+    """The cluster serving "tiny", launched without any engine argument; with what the launch printed."""
+    launch = cluster.launch("tiny")
+    assert launch.returncode == 0, launch.stderr
+    yield cluster, launch.stderr
+
+
+@pytest.fixture
+def serving(launched: tuple[Cluster, str]) -> Cluster:
+    return launched[0]
+
+
+@pytest.fixture
+def client(serving: Cluster) -> openai.OpenAI:
+    return serving.openai()
+
+
+def test_an_exit_status_of_0_means_ready(launched: tuple[Cluster, str]) -> None:
+    cluster, printed = launched
+    percents = [float(number) for number in re.findall(r"\| (\d+\.\d)%", printed)]
+    assert percents == sorted(percents)
+    assert len({number for number in percents if 82 < number < 100}) >= 3  # the phases of the engine's start
+    answer = cluster.openai(timeout=5).completions.create(model="tiny", prompt=PROMPT, max_tokens=1)
+    assert answer.choices[0].finish_reason == "length"
+
+
+def test_our_classes_run_it_and_nothing_shown_of_engines_changes(serving: Cluster) -> None:
+    replica = httpx.get(f"{serving.endpoint}/v1/models/tiny/engine", trust_env=False).json()["replicas"][0]
+    assert replica["state"] == "ready"
+    assert {process["title"] for process in replica["processes"]} == {"VLLM::EngineCore", "VLLM::Worker"}
+    assert "vLLM" in serving.client().query_engine_by_model_name("tiny")
+    shown = serving.cli("engine", "--model-name", "tiny", "--model-engine", "vllm")
+    assert shown.returncode == 0 and "vLLM" in shown.stdout + shown.stderr
+
+
+def test_the_engine_children_are_spawned_and_the_model_process_keeps_its_environment(serving: Cluster) -> None:
+    (model,) = serving.model_processes()
+    assert "VLLM_WORKER_MULTIPROC_METHOD" not in model.environ()
+    for process in serving.engine_processes():
+        # A forked child would show its parent's program; a spawned one was started as an interpreter of its own.
+        assert process.ppid() in {model.pid, *(p.pid for p in serving.engine_processes("EngineCore"))}
+        assert process.environ().get("VLLM_WORKER_MULTIPROC_METHOD") in (None, "spawn")
+
+
+def test_chat_and_completion_stream_what_they_answer_at_once(client: openai.OpenAI) -> None:
+    chat: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 40, "temperature": 0}
+    at_once = client.chat.completions.create(**chat)
+    chunks = [c for c in client.chat.completions.create(**chat, stream=True) if c.choices]
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == at_once.choices[0].message.content
+    assert at_once.usage is not None and at_once.usage.completion_tokens == 40
+
+    completion: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 40, "temperature": 0}
+    text = client.completions.create(**completion).choices[0].text
+    assert "".join(c.choices[0].text for c in client.completions.create(**completion, stream=True) if c.choices) == text
+    assert len(set(text)) > 10  # varied, or nothing lost or doubled would show
+
+
+def test_32_requests_at_a_time_get_their_own_answers(client: openai.OpenAI) -> None:
+    def ask(number: int) -> str:
+        prompt = f"{PROMPT} {number % 8}"
+        return client.completions.create(model="tiny", prompt=prompt, max_tokens=30, temperature=0).choices[0].text
+
+    alone = [ask(number) for number in range(8)]
+    with ThreadPoolExecutor(32) as pool:
+        together = list(pool.map(ask, range(32)))
+    assert len(set(alone)) == 8
+    # Batching changes the order of additions, and with it a rare token.
+    assert sum(text == alone[number % 8] for number, text in enumerate(together)) >= 24
+
+
+def test_xinferences_own_client_is_served(serving: Cluster) -> None:
+    model = serving.client().get_model("tiny")
+    config: Any = {"max_tokens": 5}
+    assert model.chat(MESSAGES, generate_config=config)["usage"]["completion_tokens"] == 5
+    assert model.generate(PROMPT, generate_config=config)["usage"]["completion_tokens"] == 5
+
+
+BAD_REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
+    "over-long prompt": ({"prompt": "light " * 4000}, r"2048|context length|maximum"),
+    "unknown LoRA": ({"extra_body": {"lora_name": "nobody"}}, r"nobody"),
+    "invalid guided schema": ({"extra_body": {"guided_json": {"type": "nonsense"}}}, r"schema|grammar|nonsense"),
+    "max_tokens 0": ({"max_tokens": 0}, r"max_tokens"),
+    "max_tokens negative": ({"max_tokens": -5}, r"max_tokens"),
+}
+
+
+@pytest.mark.parametrize(("request_", "sentence"), BAD_REQUESTS.values(), ids=BAD_REQUESTS)
+def test_a_bad_request_gets_one_clear_sentence_and_hurts_nobody_else(
+    client: openai.OpenAI, serving: Cluster, request_: dict[str, Any], sentence: str
+) -> None:
+    (model,) = serving.model_processes()
+    with pytest.raises(openai.APIStatusError) as failure:
+        client.completions.create(**{"model": "tiny", "prompt": PROMPT, "max_tokens": 5, **request_})
+    assert re.search(sentence, failure.value.response.text, re.IGNORECASE), failure.value.response.text
+    assert client.completions.create(model="tiny", prompt=PROMPT, max_tokens=3).usage is not None
+    assert [model] == serving.model_processes()
+
+
+def test_a_second_model_for_generate_runs_beside_the_first(serving: Cluster, client: openai.OpenAI) -> None:
+    launch = serving.launch("tiny-generate", "--enforce_eager", "true")
+    assert launch.returncode == 0, launch.stderr
+    for model in ("tiny", "tiny-generate"):
+        assert client.completions.create(model=model, prompt=PROMPT, max_tokens=3).choices
+    before = {process.pid for process in serving.engine_processes()}
+    ended = serving.cli("terminate", "--model-uid", "tiny-generate")
+    assert ended.returncode == 0, ended.stderr
+    wait_until(lambda: len(serving.engine_processes()) == 2, 5, "the second model's engine to be gone")
+    assert {process.pid for process in serving.engine_processes()} < before

@@ -1,0 +1,223 @@
+"""A tree of processes is recorded, killed and awaited; its exit codes stay with those who started it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from multiprocessing import Pipe
+from typing import Any
+
+import process_targets as targets
+import psutil
+import pytest
+from process_helpers import (
+    TIMEOUT,
+    answers,
+    exit_code,
+    has_ended,
+    is_closed,
+    join,
+    on_thread,
+    open_files,
+    plain,
+    receive,
+)
+
+from xinf_vllm_backend.process.tree import ProcessTree
+
+
+class Tree:
+    """A child and a grandchild that outlives it, and the tree that is to know them."""
+
+    def __init__(self, behaviour: Callable[..., None] = targets.live_unbound) -> None:
+        self.tree = ProcessTree()
+        self.pids: list[int] = []
+        self.child_end, child_far = Pipe()
+        self.grandchild_end, grandchild_far = Pipe()
+        self.child = plain.Process(target=behaviour, args=(child_far, grandchild_far))
+        self.child.start()
+        child_far.close()
+        grandchild_far.close()
+
+    def grandchild_pid(self) -> int:
+        pid = receive(self.grandchild_end)
+        assert isinstance(pid, int)
+        return pid
+
+    def alive(self) -> list[int]:
+        return sorted(process.pid for process in self.tree.alive())
+
+    def end(self) -> None:
+        self.child.kill()
+        self.child.join(TIMEOUT)
+        self.child_end.close()
+        self.grandchild_end.close()  # an echo ends with its pipe
+
+
+@pytest.fixture
+def tree_of() -> Iterator[Callable[..., Tree]]:
+    trees: list[Tree] = []
+
+    def make(*args: Any) -> Tree:
+        trees.append(Tree(*args))
+        return trees[-1]
+
+    yield make
+    for tree in trees:
+        tree.end()
+
+
+@pytest.fixture
+def tree(tree_of: Callable[..., Tree]) -> Tree:
+    """One that is up and recorded."""
+    tree = tree_of()
+    tree.pids = sorted((receive(tree.child_end), tree.grandchild_pid()))
+    tree.tree.record([tree.child.pid])
+    return tree
+
+
+@pytest.fixture
+def child() -> Iterator[Any]:
+    """A process that ends by itself with status 3."""
+    process = plain.Process(target=targets.end_by, args=("status 3",))
+    process.start()
+    yield process
+    process.join(TIMEOUT)
+
+
+class TestARecordedTree:
+    def test_holds_a_process_and_its_descendants(self, tree: Tree) -> None:
+        assert tree.alive() == tree.pids
+        assert answers(tree.child_end)
+        assert answers(tree.grandchild_end)
+
+    def test_is_described_by_pid_and_title(self, tree: Tree) -> None:
+        described = tree.tree.describe()
+        assert [entry["pid"] for entry in described] == tree.pids
+        assert all("python" in str(entry["title"]) for entry in described)
+
+    def test_holds_each_process_once_however_often_it_is_recorded(self, tree: Tree) -> None:
+        tree.tree.record([tree.child.pid, tree.child.pid])
+        assert tree.alive() == tree.pids
+
+    def test_still_holds_an_orphan(self, tree: Tree) -> None:
+        orphan = next(pid for pid in tree.pids if pid != tree.child.pid)
+        tree.child.kill()
+        assert exit_code(tree.child) == -signal.SIGKILL
+        assert tree.alive() == [orphan]
+        assert psutil.Process(orphan).ppid() != tree.child.pid
+
+    def test_does_not_count_a_zombie_as_alive(self, child: Any) -> None:
+        tree = ProcessTree()
+        tree.record([child.pid])
+        assert has_ended(child)
+        assert psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE
+        assert tree.alive() == []
+        assert tree.describe() == []
+
+    def test_passes_over_a_process_that_is_gone(self, child: Any) -> None:
+        assert exit_code(child) == 3
+        tree = ProcessTree()
+        tree.record([child.pid])
+        assert tree.alive() == []
+        assert tree.kill(TIMEOUT) == []
+
+    def test_passes_over_a_process_that_was_never_started(self) -> None:
+        tree = ProcessTree()
+        tree.record([None])
+        assert tree.alive() == []  # a kill() would end the test run itself
+
+    def test_may_be_added_to_while_another_thread_looks_at_it(
+        self, tree: Tree, child: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # stop() kills while the thread that loads records, or while the status of the engine is asked for.
+        status = psutil.Process.status
+
+        def recorded_meanwhile(process: psutil.Process) -> str:
+            monkeypatch.undo()  # once
+            join([on_thread(lambda: tree.tree.record([child.pid]))])
+            return status(process)
+
+        monkeypatch.setattr(psutil.Process, "status", recorded_meanwhile)
+        tree.tree.alive()
+
+    def test_that_is_empty_is_gone_already(self) -> None:
+        assert ProcessTree().kill(TIMEOUT) == []
+        assert ProcessTree().wait_gone(TIMEOUT) == []
+
+
+class TestKilling:
+    def test_ends_all_of_them_before_it_returns(self, tree: Tree) -> None:
+        assert tree.tree.kill(TIMEOUT) == []
+        assert tree.alive() == []
+        assert not any(_runs(pid) for pid in tree.pids)
+
+    def test_ends_an_orphan(self, tree: Tree) -> None:
+        tree.child.kill()
+        assert exit_code(tree.child) == -signal.SIGKILL
+        assert answers(tree.grandchild_end)
+        assert tree.tree.kill(TIMEOUT) == []
+        assert is_closed(tree.grandchild_end)
+
+    def test_ends_a_process_that_is_stopped(self, tree: Tree) -> None:
+        targets.stop(tree.child.pid)
+        assert tree.tree.kill(TIMEOUT) == []
+        assert exit_code(tree.child) == -signal.SIGKILL
+
+    def test_ends_a_descendant_that_came_after_the_record(self, tree_of: Callable[..., Tree]) -> None:
+        tree = tree_of(targets.live_and_start_one_when_asked)
+        receive(tree.child_end)
+        tree.tree.record([tree.child.pid])
+        tree.child_end.send("start one")
+        late = tree.grandchild_pid()
+        assert late not in tree.alive()
+        assert tree.tree.kill(TIMEOUT) == []
+        assert is_closed(tree.grandchild_end)
+        assert not _runs(late)
+
+    def test_leaves_everybody_else_alone(self, tree: Tree, tree_of: Callable[..., Tree]) -> None:
+        other = tree_of()
+        other.grandchild_pid()
+        assert tree.tree.kill(TIMEOUT) == []
+        receive(other.child_end)
+        assert answers(other.child_end)
+        assert answers(other.grandchild_end)
+
+    def test_leaves_the_exit_code_to_the_parent(self, tree: Tree) -> None:
+        assert tree.tree.kill(TIMEOUT) == []
+        assert tree.child.exitcode == -signal.SIGKILL
+
+    def test_twice_is_no_mistake(self, tree: Tree) -> None:
+        assert tree.tree.kill(TIMEOUT) == []
+        assert tree.tree.kill(TIMEOUT) == []
+
+
+class TestWaiting:
+    def test_leaves_the_exit_code_to_the_parent(self, child: Any) -> None:
+        tree = ProcessTree()
+        tree.record([child.pid])
+        assert tree.wait_gone(TIMEOUT) == []
+        assert child.exitcode == 3
+
+    def test_tells_who_is_still_there_when_the_time_is_up(self, tree: Tree) -> None:
+        assert sorted(process.pid for process in tree.tree.wait_gone(0)) == tree.pids
+        assert answers(tree.child_end)
+
+    def test_ends_with_the_last_of_them(self, tree: Tree) -> None:
+        for pid in tree.pids:
+            os.kill(pid, signal.SIGKILL)
+        assert tree.tree.wait_gone(TIMEOUT) == []
+
+    def test_leaves_no_file_open(self, tree: Tree) -> None:
+        files = open_files()
+        tree.tree.wait_gone(0)
+        tree.tree.kill(TIMEOUT)
+        assert open_files() == files
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

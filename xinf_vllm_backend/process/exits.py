@@ -1,0 +1,47 @@
+"""How processes end, in words."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from multiprocessing.process import BaseProcess
+
+import psutil
+
+
+def describe_exit(name: str, pid: int | None, exit_code: int) -> str:
+    """How a process ended: ``"EngineCore (pid 12) was killed by SIGKILL"``."""
+    who = f"{name} (pid {pid})"
+    if exit_code >= 0:
+        return f"{who} exited with status {exit_code}"
+    try:
+        by = signal.Signals(-exit_code).name
+    except ValueError:
+        by = f"signal {-exit_code}"
+    hint = ", as the kernel does when memory runs out" if by == "SIGKILL" and _memory_is_short() else ""
+    return f"{who} was killed by {by}{hint}"
+
+
+def announce_exit(process: BaseProcess) -> None:
+    """Print one line to stderr when ``process`` ends other than well: its parent may say less, or nothing."""
+
+    def watch() -> None:
+        # Not join(): whoever else joins it would find no exit code where we had taken that.
+        try:
+            ended = os.waitid(os.P_PID, process.pid or 0, os.WEXITED | os.WNOWAIT)
+        except ChildProcessError:
+            exit_code = process.exitcode
+        else:
+            assert ended is not None
+            exit_code = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+        if exit_code:
+            sys.stderr.write(describe_exit(process.name, process.pid, exit_code) + "\n")
+
+    threading.Thread(target=watch, name=f"{process.name}-exit", daemon=True).start()
+
+
+def _memory_is_short() -> bool:
+    memory = psutil.virtual_memory()
+    return memory.available < memory.total * 0.1
