@@ -1,13 +1,14 @@
-"""One real Xinference for a module's tests, and the tiny models they launch."""
+"""One real Xinference for the tests that need nothing special of it, and the tiny models they launch."""
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from xinf_vllm_backend.demo.cluster import Cluster
+from xinf_vllm_backend.demo.cluster import Cluster, wait_until
 from xinf_vllm_backend.demo.tiny_model import make_tiny_model, model_registration
 
 
@@ -16,7 +17,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cluster(tiny_model: Path) -> Iterator[Cluster]:
     """A cluster with "tiny" (chat and generate) and "tiny-generate" registered; stopping it must leave no process."""
     with Cluster() as running:
@@ -24,3 +25,13 @@ def cluster(tiny_model: Path) -> Iterator[Cluster]:
         running.register(model_registration("tiny-generate", tiny_model, abilities=("generate",)))
         yield running
         assert running.stop() == []
+
+
+@pytest.fixture(scope="module")
+def tiny(cluster: Cluster) -> Iterator[subprocess.CompletedProcess[str]]:
+    """ "tiny", launched without any engine argument and the only one when the module begins; how its launch went."""
+    launch = cluster.launch("tiny")
+    assert launch.returncode == 0, launch.stderr
+    yield launch
+    cluster.cli("terminate", "--model-uid", "tiny")  # a test may have done so already
+    wait_until(lambda: not cluster.engine_processes() + cluster.model_processes(), 5, "everything to be gone")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
-import time
-from collections.abc import Iterator
+import subprocess
 from typing import Any
 
 import httpx
@@ -22,11 +21,9 @@ GONE = 5.0  # seconds until nothing may be left of an engine
 BACK = 120.0  # seconds: a bound, not an aim
 
 
-@pytest.fixture(scope="module")
-def serving(cluster: Cluster) -> Iterator[Cluster]:
-    launch = cluster.launch("tiny", "--enforce_eager", "true")
-    assert launch.returncode == 0, launch.stderr
-    yield cluster
+@pytest.fixture
+def serving(cluster: Cluster, tiny: subprocess.CompletedProcess[str]) -> Cluster:
+    return cluster
 
 
 def status(cluster: Cluster) -> dict[str, Any]:
@@ -40,10 +37,9 @@ def answers(cluster: Cluster) -> bool:
         return False
 
 
-def kill(cluster: Cluster, process: psutil.Process, how: signal.Signals) -> float:
+def kill(cluster: Cluster, process: psutil.Process, how: signal.Signals) -> None:
     assert answers(cluster)  # the healthy case first, or "it never served" would pass for "it died"
     process.send_signal(how)
-    return time.monotonic()
 
 
 @pytest.mark.parametrize("kind", ["EngineCore", "Worker"])
@@ -51,12 +47,11 @@ def test_a_killed_engine_is_noticed_and_the_model_comes_back_once(serving: Clust
     (model,), old = serving.model_processes(), serving.engine_processes()
     deaths = status(serving)["deaths"]
     (victim,) = serving.engine_processes(kind)
-    killed = kill(serving, victim, signal.SIGKILL)
+    kill(serving, victim, signal.SIGKILL)
 
-    wait_until(lambda: not model.is_running() or model.status() == psutil.STATUS_ZOMBIE, 30, "the process to end")
-    noticed = serving.log_text().count("The vLLM engine of tiny-rep0 died")
-    assert noticed >= 1
-    assert time.monotonic() - killed < NOTICED + GONE
+    said = rf"ERROR xinference.vllm_backend .* The vLLM engine of tiny-rep0 died: .* \(pid {victim.pid}\) was killed"
+    wait_until(lambda: re.search(said, serving.log_text()), NOTICED, "the log to say that it died")
+    wait_until(lambda: not model.is_running(), GONE, "the model process to end")
     assert not [process for process in old if process.is_running()]  # no second engine beside the first
 
     wait_until(lambda: answers(serving), BACK, "the model to serve again")
@@ -68,14 +63,6 @@ def test_a_killed_engine_is_noticed_and_the_model_comes_back_once(serving: Clust
     assert re.match(sentence, now["last_error"]["reason"])
     events = httpx.get(f"{serving.endpoint}/v1/models/tiny/events", trust_env=False).json()
     assert any(re.search(sentence, event["event_content"]) for event in events)
-
-
-def test_the_log_says_within_2_seconds_that_the_engine_died(serving: Cluster) -> None:
-    before = serving.log_text().count("ERROR xinference.vllm_backend")
-    (victim,) = serving.engine_processes("EngineCore")
-    kill(serving, victim, signal.SIGKILL)
-    wait_until(lambda: serving.log_text().count("ERROR xinference.vllm_backend") > before, NOTICED, "the log to say so")
-    wait_until(lambda: answers(serving), BACK, "the model to serve again")
 
 
 def test_a_killed_model_process_takes_its_engine_along(serving: Cluster) -> None:
@@ -90,7 +77,7 @@ def test_the_deaths_are_counted(serving: Cluster) -> None:
     address = re.findall(r"Metrics server is started at: (http://[\d.:]+)", serving.log_text())[-1]
     metrics = httpx.get(f"{address}/metrics", trust_env=False).text
     counts = re.findall(r'^xinference:vllm_engine_deaths_total\{.*model_uid="tiny".*\} (\d+)', metrics, re.MULTILINE)
-    assert sum(map(int, counts)) == status(serving)["deaths"] == 3
+    assert sum(map(int, counts)) == status(serving)["deaths"] == 2
 
 
 def test_terminate_leaves_nothing(serving: Cluster) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import httpx
 import psutil
 
 from .cluster import Cluster, launch_arguments, wait_until
@@ -30,10 +31,12 @@ RECOVERY_TIMEOUT = 300.0
 _NAME = "demo"
 _FAILURES = (OSError, RuntimeError, ValueError, psutil.Error, subprocess.SubprocessError)
 _QUESTION = "Tell me about the lighthouse."
-_STREAMS = 4
+_STREAMS = 8
 # Long enough to be running still when the engine is killed; it may be far ahead of what has reached the client.
 _TOKENS = 300
 _TOKENS_OF_TINY = 1800
+# Without these, stock Xinference does not get vLLM to start on a CPU.
+_STOCK_ON_CPU = ("--tensor_parallel_size", "1", "--block_size", "128", "--gpu_memory_utilization", "0.2")
 # What vLLM and this package write when an engine is found dead.
 _DEATH = re.compile(r"\b(died|dead|was killed|EngineDeadError|EngineDiedError)\b")
 
@@ -78,7 +81,7 @@ def run_demo(model_path: Path | None = None, stock: bool = False, out: Callable[
     except _FAILURES as error:
         say(f"FAILED: {error}")
         return 1
-    say("all of this was as it should be")
+    say("it was launched, it answered, it answered again after the kill, and nothing of it is left")
     return 0
 
 
@@ -130,7 +133,7 @@ class _Stream(threading.Thread):
                     self._running.set()
                 if chunk.usage is not None:
                     self.tokens = chunk.usage.completion_tokens
-        except (openai.OpenAIError, OSError) as error:
+        except (openai.OpenAIError, httpx.HTTPError, OSError) as error:
             self.error = error
         finally:
             self._running.set()
@@ -156,8 +159,8 @@ class _Stream(threading.Thread):
 
     @property
     def rate(self) -> float:
-        """Tokens per second, from the first piece to the last."""
-        return self.tokens / max(self.pieces[-1][0] - self.pieces[0][0], 1e-6)
+        """Tokens per second, from the question to the last piece."""
+        return self.tokens / (self.pieces[-1][0] - self._asked)
 
     @property
     def longest_silence(self) -> float:
@@ -171,6 +174,7 @@ def _go_through(
 ) -> None:
     cluster.register(definition)
     _launch(cluster, say, launch_options)
+    tokens = min(tokens, definition["context_length"] - 200)
     undisturbed = _first_chat(cluster, say, tokens)
     _kill_and_recover(cluster, say, tokens, undisturbed)
     _stop(cluster, say)
@@ -239,23 +243,26 @@ def _first_chat(cluster: Cluster, say: _Account, tokens: int) -> _Stream:
     if stream.error is not None or not stream.pieces:
         raise RuntimeError(f"the first chat was not answered: {_in_words(stream.error)}")
     say(f"{_QUESTION} -> {_short(stream.text)}")
-    say(f"first text after {stream.first * 1000:.0f} ms, then {stream.tokens} tokens at {stream.rate:.0f} tokens/s")
+    say(f"first text after {stream.first * 1000:.0f} ms; {stream.tokens} tokens in all, {stream.rate:.0f} tokens/s")
     return stream
 
 
 def _kill_and_recover(cluster: Cluster, say: _Account, tokens: int, undisturbed: _Stream) -> None:
     """Kill the engine under running streams and tell what becomes of it and of them."""
-    [victim, *_] = cluster.engine_processes("EngineCore")
+    victim = next(iter(cluster.engine_processes("EngineCore")), None)
+    if victim is None:
+        raise RuntimeError("there is no process titled VLLM::EngineCore to kill")
     log_before = len(cluster.log_text())
     running = threading.Event()
     streams = [_Stream(cluster.openai(), tokens, running) for _ in range(_STREAMS)]
     for stream in streams:
         stream.start()
-    # Not always for the first text: Xinference may hold back all of an answer that comes this fast.
+    # At the first text, or soon: on a busy machine the engine may have made all of it before any arrives.
     running.wait(0.3)
     victim.kill()
     killed = time.monotonic()
-    say(f"asked the same {_STREAMS} times at once and, with these running, SIGKILL to EngineCore, pid {victim.pid}")
+    alive = sum(stream.is_alive() for stream in streams)
+    say(f"asked the same {_STREAMS} times at once; with {alive} running, SIGKILL to EngineCore, pid {victim.pid}")
 
     sign = wait_until(lambda: _sign_of_death(cluster, victim, log_before), RECOVERY_TIMEOUT, "the death to be noticed")
     say(f"{time.monotonic() - killed:.1f} s after the kill it was noticed: {sign}")
@@ -328,10 +335,6 @@ def _short(text: str, length: int = 80) -> str:
     """``text`` on one line, cut at ``length`` characters."""
     text = " ".join(text.split())
     return text if len(text) <= length else text[: length - 3] + "..."
-
-
-# Without these, stock Xinference does not get vLLM to start on a CPU.
-_STOCK_ON_CPU = ("--tensor_parallel_size", "1", "--block_size", "128", "--gpu_memory_utilization", "0.2")
 
 
 def _is_cpu_build() -> bool:

@@ -68,7 +68,9 @@ def make_tiny_model(directory: Path, *, seed: int = 0, **overrides: Any) -> Path
 def make_tiny_multimodal_model(directory: Path, *, seed: int = 0) -> Path:
     """Write a random Qwen2-Audio of about 1.5 MB: it hears, and talks like the model of :func:`make_tiny_model`.
 
-    Audio, because in vLLM and transformers every model that sees needs torchvision. A 30-second clip takes 750 tokens.
+    Audio, because of the models that Xinference gives to vLLM every one that sees needs torchvision, which a CPU
+    environment cannot have. A clip of 30 s takes 750 tokens. Xinference reads clips through ``qwen_omni_utils``, which
+    needs torchvision too; a module of that name with a ``process_audio_info`` is enough.
 
     Args:
         directory: where to write; made if missing.

@@ -157,6 +157,7 @@ class EngineMember:
 
     def processes(self) -> list[dict[str, Any]]:
         """The engine's living processes: pid and title of each."""
+        self._tree.record(child.pid for child in self._context.children)
         return self._tree.describe()
 
     def death(self) -> str:

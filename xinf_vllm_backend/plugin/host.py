@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -244,6 +245,7 @@ class HostedModel(VLLMModel):
             "replica": self.raw_model_uid,
             "state": "stopped" if self._stop_requested else "dead" if self._engine_is_dead() else "ready",
             "pid": os.getpid(),
+            "python": sys.executable,
             "processes": engine.processes() if ours else [],
             "settings": self._settings.model_dump(),
             "deaths": len(past),
