@@ -1,4 +1,4 @@
-"""A vLLM v1 backend for Xinference: engines that start fast, never hang in silence and lose no request.
+"""A vLLM v1 backend for Xinference that says what it does, recovers, and leaves nothing behind.
 
 Importing this package imports neither vLLM, torch nor Xinference: Xinference names it in
 ``XINFERENCE_EXTENSIONS=xinf_vllm_backend:extension`` and calls :func:`extension` when it starts.

@@ -32,7 +32,7 @@ class Settings(BaseModel):
         0.5, gt=0, description="time in seconds between two looks at whether the engine is still alive"
     )
     cpu_kv_cache_gib: float = Field(
-        0.0, ge=0, description="KV cache in GiB per model on a CPU host; 0 chooses by the free memory"
+        0.0, ge=0, description="KV cache in GiB of each rank on a CPU host; 0 chooses by the free memory"
     )
 
     @classmethod

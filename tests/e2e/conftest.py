@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from xinf_vllm_backend.demo.cluster import Cluster, wait_until
-from xinf_vllm_backend.demo.tiny_model import make_tiny_model, model_registration
+from xinf_vllm_backend.demo.tiny_model import make_tiny_model, make_tiny_multimodal_model, model_registration
 
 
 @pytest.fixture(scope="session")
@@ -19,10 +19,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cluster(tiny_model: Path) -> Iterator[Cluster]:
-    """A cluster with "tiny" (chat and generate) and "tiny-generate" registered; stopping it must leave no process."""
+    """A cluster with "tiny" (chat and generate), "tiny-generate" and "tiny-audio" registered; stopping it must leave no process."""
     with Cluster() as running:
         running.register(model_registration("tiny", tiny_model))
         running.register(model_registration("tiny-generate", tiny_model, abilities=("generate",)))
+        hears = make_tiny_multimodal_model(tiny_model.parent / "tiny-audio")
+        running.register(model_registration("tiny-audio", hears, abilities=("chat", "audio")))
         yield running
         assert running.stop() == []
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 import subprocess
+import wave
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -119,3 +123,42 @@ def test_a_second_model_for_generate_runs_beside_the_first(serving: Cluster, cli
     assert ended.returncode == 0, ended.stderr
     wait_until(lambda: len(serving.engine_processes()) == 2, 5, "the second model's engine to be gone")
     assert {process.pid for process in serving.engine_processes()} < before
+
+
+# Xinference reads clips by this module, which needs torchvision: there is none beside a CPU torch.
+CLIP_READER = """
+import base64, io, wave
+import numpy
+
+def process_audio_info(messages, use_audio_in_video):
+    parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
+    clips = [base64.b64decode(part["audio"].split(",")[1]) for part in parts if part["type"] == "audio"]
+    frames = [wave.open(io.BytesIO(clip)).readframes(1 << 20) for clip in clips]
+    return [numpy.frombuffer(frame, numpy.int16).astype(numpy.float32) / 32768 for frame in frames] or None
+
+process_mm_info = process_vision_info = None
+"""
+
+
+def test_a_multimodal_model_hears(serving: Cluster, client: openai.OpenAI, tmp_path: Path) -> None:
+    (tmp_path / "qwen_omni_utils.py").write_text(CLIP_READER)
+    launch = serving.launch("tiny-audio", "--enforce_eager", "true", "--env", "PYTHONPATH", str(tmp_path))
+    assert launch.returncode == 0, launch.stderr
+    with io.BytesIO() as file:
+        with wave.open(file, "wb") as clip:
+            clip.setnchannels(1)
+            clip.setsampwidth(2)
+            clip.setframerate(16000)
+            clip.writeframes(bytes(range(256)) * 125)  # one second
+        url = "data:audio/wav;base64," + base64.b64encode(file.getvalue()).decode()
+    question: Any = {"type": "text", "text": "What was that?"}
+    heard: Any = {"type": "audio_url", "audio_url": {"url": url}}
+
+    def ask(*parts: Any) -> Any:
+        message: Any = {"role": "user", "content": [*parts]}
+        return client.chat.completions.create(model="tiny-audio", messages=[message], max_tokens=10, temperature=0)
+
+    deaf, hearing = ask(question), ask(heard, question)
+    assert hearing.usage.completion_tokens == deaf.usage.completion_tokens == 10
+    assert hearing.usage.prompt_tokens > deaf.usage.prompt_tokens + 20  # 25 tokens for a second of sound
+    assert serving.cli("terminate", "--model-uid", "tiny-audio").returncode == 0

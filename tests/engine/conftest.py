@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make_member(tiny_model: Path) -> Iterator[Callable[..., EngineMember]]:
+async def make_member(tiny_model: Path) -> AsyncIterator[Callable[..., EngineMember]]:
     """Make an engine member for the tiny model; each is stopped, and must leave no process, when the test ends."""
     members: list[EngineMember] = []
 
@@ -33,6 +34,7 @@ def make_member(tiny_model: Path) -> Iterator[Callable[..., EngineMember]]:
 
     yield make
     for member in members:
-        member.stop(5)
+        await asyncio.to_thread(member.stop, 5)
+    await asyncio.sleep(0)  # vLLM closes its sockets on the loop that it served from
     left = [p for p in psutil.Process().children(recursive=True) if "resource_tracker" not in " ".join(p.cmdline())]
     assert not left

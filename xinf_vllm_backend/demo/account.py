@@ -37,8 +37,9 @@ _TOKENS = 300
 _TOKENS_OF_TINY = 1800
 # Without these, stock Xinference does not get vLLM to start on a CPU.
 _STOCK_ON_CPU = ("--tensor_parallel_size", "1", "--block_size", "128", "--gpu_memory_utilization", "0.2")
-# What vLLM and this package write when an engine is found dead.
-_DEATH = re.compile(r"\b(died|dead|was killed|EngineDeadError|EngineDiedError)\b")
+# What this package writes when an engine is found dead, and what vLLM and stock Xinference do.
+_DEATH = re.compile(r"The vLLM engine of \S+ died: .*?(?=\. |$)")
+_DEATH_STOCK = re.compile(r"\S*EngineDeadError\b.*|.*EngineCore is dead.*")
 
 
 def run_demo(model_path: Path | None = None, stock: bool = False, out: Callable[[str], None] = click.echo) -> int:
@@ -281,10 +282,11 @@ def _kill_and_recover(cluster: Cluster, say: _Account, tokens: int, undisturbed:
 
 
 def _sign_of_death(cluster: Cluster, victim: psutil.Process, log_before: int) -> str:
-    """The first sign that somebody took notice: an engine in the dead one's place, or a sentence in the log."""
-    for line in cluster.log_text()[log_before:].splitlines():
-        if _DEATH.search(line):
-            return _short(re.sub(r"^.*? node:\S+ |^.*?\] ", "", line), 120)
+    """The first sign that somebody took notice: a sentence in the log, or an engine in the dead one's place."""
+    said = cluster.log_text()[log_before:]
+    pattern = _DEATH if "XINFERENCE_EXTENSIONS" in cluster.environment else _DEATH_STOCK
+    if found := pattern.search(said):
+        return _short(found[0], 120)
     engines = [process.pid for process in cluster.engine_processes("EngineCore") if process.pid != victim.pid]
     return f"EngineCore {engines[0]} is in its place" if engines else ""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing.connection
 import threading
 import time
@@ -10,9 +9,9 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
-from ..errors import EngineStartError, EngineStartTimeoutError, EngineStoppedError
+from ..errors import BackendError, EngineStartError, EngineStartTimeoutError, EngineStoppedError
 from ..process.context import EngineContext
-from ..process.exits import describe_exit
+from ..process.exits import EXIT_REPORT, describe_exit
 from ..process.output import OutputTail
 from ..process.tree import ProcessTree
 from ..settings import Settings
@@ -57,6 +56,7 @@ class EngineMember:
         self._on_phase = on_phase
         self._engine: Any = None
         self._phase = Phase.ENVIRONMENT
+        self._lost: list[str] = []  # how Workers ended
         self._stopping = threading.Event()
         self._stop_lock = threading.Lock()
         self._tail = OutputTail()
@@ -134,10 +134,11 @@ class EngineMember:
             self._enter(Phase.PROCESSES)
 
     def _report(self, message: str) -> None:
-        # A report that comes after READY is of no interest, and an unknown one is a newer child's.
-        with contextlib.suppress(ValueError):
-            if self._engine is None:
-                self._enter(Phase(message))
+        if message.startswith(EXIT_REPORT):
+            # vLLM waits for the other Workers, which wait for this one, before it reports itself dead.
+            self._lost.append(message.removeprefix(EXIT_REPORT))
+        elif self._engine is None:  # a phase after READY is of no interest
+            self._enter(Phase(message))
 
     def _start_failure(self, error: BaseException) -> str:
         cause = diagnosis.describe(error)
@@ -149,10 +150,10 @@ class EngineMember:
     # -- watch
 
     def is_dead(self) -> bool:
-        """Whether a process of the engine ended or vLLM says that it did; False while it was never ready."""
+        """Whether a process of the engine ended or vLLM says that it is dead; False while it was never ready."""
         engine = self._engine
         return engine is not None and (
-            any(child.exitcode is not None for child in self._serving()) or bool(engine.errored)
+            bool(self._lost) or any(child.exitcode is not None for child in self._serving()) or bool(engine.errored)
         )
 
     def processes(self) -> list[dict[str, Any]]:
@@ -167,8 +168,10 @@ class EngineMember:
         """
         multiprocessing.connection.wait([child.sentinel for child in self._serving()], EXIT_TIMEOUT)
         self._context.await_output(EXIT_TIMEOUT)
-        how = self._how_children_ended() or "it reported itself dead"
+        how = ", ".join(self._lost) or self._how_children_ended() or "it reported itself dead"
         cause = diagnosis.root_cause(self._tail.lines())
+        if cause in self._lost:
+            cause = None
         return f"The vLLM engine of {self.name} died: {how}" + (f"; {cause}" if cause else "")
 
     def _serving(self) -> list[Any]:
@@ -187,7 +190,7 @@ class EngineMember:
             timeout: seconds for an orderly shutdown; what is left then is killed.
 
         Raises:
-            EngineStartError: a process survived SIGKILL for 5 s.
+            BackendError: a process survived SIGKILL for 5 s.
         """
         self._stopping.set()
         self._context.seal()
@@ -202,4 +205,4 @@ class EngineMember:
                 child.join(KILL_TIMEOUT)  # reap it
         if left:
             pids = ", ".join(str(process.pid) for process in left)
-            raise EngineStartError(f"Processes of the vLLM engine of {self.name} could not be killed: pid {pids}")
+            raise BackendError(f"Processes of the vLLM engine of {self.name} could not be killed: pid {pids}")

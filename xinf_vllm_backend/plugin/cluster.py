@@ -48,11 +48,9 @@ class ClusterLink:
         from xinference.core.progress_tracker import ProgressTrackerActor
 
         details = {"stage": "loading", "phase": phase.value, "updated_at": time.time()}
-        key = f"launching-{self._replica_uid}"
-        await self._tell(
-            "progress",
-            self._supervised(ProgressTrackerActor, "set_progress", key, PROGRESS[phase], phase.value, details),
-        )
+        progress = (f"launching-{self._replica_uid}", PROGRESS[phase], phase.value, details)
+        async with self._in_order:
+            await self._tell("progress", self._supervised(ProgressTrackerActor, "set_progress", *progress))
 
     async def announce(self, text: str, *, error: bool = False) -> None:
         """Add ``text`` to the model's events (``GET /v1/models/{uid}/events``)."""

@@ -40,7 +40,7 @@ def fill_in(arguments: dict[str, Any], given: Set[str], settings: Settings) -> N
     """
     if "block_size" not in given:
         arguments.pop("block_size", None)  # vLLM's own for CPU
-    if "VLLM_CPU_KVCACHE_SPACE" in os.environ or not given.isdisjoint(
+    if os.environ.get("VLLM_CPU_KVCACHE_SPACE") or not given.isdisjoint(
         ("kv_cache_memory_bytes", "gpu_memory_utilization")
     ):
         return

@@ -9,6 +9,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+_launched: set[str] = set()
+
+
+def begin(replica_uid: str) -> None:
+    """Called where instances are made, in the worker: what an earlier worker left of ``replica_uid`` is forgotten."""
+    if replica_uid not in _launched:
+        _launched.add(replica_uid)
+        forget(replica_uid)
+
 
 def record(replica_uid: str, reason: str) -> None:
     """Add a death, now, to those of ``replica_uid``."""

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class HostedModel(VLLMModel):
         Settings.resolve(self._options)  # a bad one fails here, before anything is made
         self._given = frozenset(launch_arguments)
         super().__init__(model_uid, model_family, model_path, launch_arguments, *args)
+        deaths.begin(self.raw_model_uid)
         self._stop_requested = False
         self._death: asyncio.Task[str] | None = None
         self._link: ClusterLink | None = None
@@ -59,8 +60,8 @@ class HostedModel(VLLMModel):
             )
         if self._n_worker == 1 and self._get_xinference_executor_backend() == "xoscar":
             raise BadLaunchArgumentError(
-                "xinference_vllm_executor_backend='xoscar' forks EngineCore and is not supported on one worker; leave "
-                "it out, and vLLM's own multiprocessing executor is used."
+                "xinference_vllm_executor_backend='xoscar' (or XINFERENCE_VLLM_EXECUTOR_BACKEND) forks EngineCore and "
+                "is not supported on one worker; leave it out, and vLLM's own multiprocessing executor is used."
             )
 
     # -- what this host offers
@@ -80,14 +81,7 @@ class HostedModel(VLLMModel):
         return several, "several devices of one worker" if several else "one device"
 
     def _get_native_mp_parallelism(self) -> tuple[int, int]:
-        config = self._model_config or {}
-        devices = self._get_allocated_device_count()
-        data = int(config.get("data_parallel_size") or 1)
-        pipeline = int(config.get("pipeline_parallel_size") or 1)
-        tensor = int(config.get("tensor_parallel_size") or max(1, devices // (pipeline * data)))
-        if min(tensor, pipeline, data) < 1:
-            raise BadLaunchArgumentError("tensor_, pipeline_ and data_parallel_size must be 1 or more.")
-        return tensor, pipeline
+        return self._model_config["tensor_parallel_size"], self._model_config["pipeline_parallel_size"]
 
     def _is_ours(self) -> bool:
         return self._n_worker == 1 and self._xavier_config is None
@@ -105,13 +99,16 @@ class HostedModel(VLLMModel):
         if self._loop is not None:
             self._link = ClusterLink(self.model_family.address, self.raw_model_uid)
         self._show(Phase.ENVIRONMENT)
-        with self._readable_errors(), _environment_kept():
+        with self._readable_errors():
             vllm_seams.check_version()
             if not self._is_ours():
                 super().load()
                 return
             self._check_model_directory()
-            self._check_devices()
+            self._load_here(started)
+
+    def _load_here(self, started: float) -> None:
+        with _environment_kept():
             with vllm_seams.engine_made_by(self._make_member):
                 super().load()
                 self._loading_thread.join(self._settings.load_timeout)
@@ -137,7 +134,24 @@ class HostedModel(VLLMModel):
         config = super()._sanitize_model_config(model_config)
         if cpu.is_cpu_build():
             cpu.fill_in(config, self._given, self._settings)
+        elif self._is_ours():
+            self._share_devices(config)
         return config
+
+    def _share_devices(self, config: Any) -> None:
+        """Give tensor parallelism, where the user did not say, what the other kinds leave of the devices."""
+        others = 1
+        for name in ("pipeline_parallel_size", "data_parallel_size"):
+            config[name] = _size(name, config.get(name) or 1)
+            others *= config[name]
+        devices = max(1, self._device_count or 0)
+        name = "tensor_parallel_size"
+        config[name] = _size(name, config[name]) if name in self._given else max(1, devices // others)
+        if config[name] * others > devices:
+            raise BadLaunchArgumentError(
+                f"tensor_parallel_size={config[name]} with {others} pipeline and data parallel ranks needs "
+                f"{config[name] * others} devices, but the model has {devices}; ask for fewer ranks or more devices."
+            )
 
     def _sanitize_generate_config(self, generate_config: Any = None) -> Any:
         config = VLLMModel._sanitize_generate_config(generate_config)
@@ -160,19 +174,6 @@ class HostedModel(VLLMModel):
             missing = "tokenizer"  # without one vLLM makes up an empty one and serves nonsense
         if missing:
             raise BadLaunchArgumentError(f"The model directory {path} holds no {missing}; it is wrong or incomplete.")
-
-    def _check_devices(self) -> None:
-        if cpu.is_cpu_build():
-            return  # how many ranks fit is for vLLM's own thread binding to say
-        config = self._model_config or {}
-        sizes = {n: int(config.get(n) or 1) for n in ("tensor_parallel_size", "pipeline_parallel_size")}
-        wanted = sizes["tensor_parallel_size"] * sizes["pipeline_parallel_size"]
-        devices = max(1, self._get_cuda_count())
-        if wanted > devices:
-            asked = " x ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
-            raise BadLaunchArgumentError(
-                f"{asked} needs {wanted} devices, but the model has {devices}; ask for fewer ranks or more devices."
-            )
 
     def _show(self, phase: Phase) -> None:
         logger.info("Loading %s: %s", self.raw_model_uid, phase.value)
@@ -212,8 +213,7 @@ class HostedModel(VLLMModel):
     async def engine_died(self) -> str:
         """End this process because its engine is dead, once whoever calls; Xinference then brings the model back.
 
-        Returns:
-            Why it died, for callers that outlive the process's last second.
+        The process is gone before any caller goes on.
         """
         if self._death is None:
             self._death = asyncio.get_running_loop().create_task(self._give_up())
@@ -226,15 +226,18 @@ class HostedModel(VLLMModel):
             how = await asyncio.to_thread(engine.death)
         reason = f"{how}. The model process ends so that Xinference starts the model again."
         logger.error("%s", reason)
-        try:
-            deaths.record(self.raw_model_uid, reason)
-            if self._link is not None:
-                await self._link.announce_death(reason)
-            # Nothing of this engine may be alive beside the next one.
-            await asyncio.to_thread(self._stop_engine)
-        except Exception:
-            logger.exception("Cleaning up after the dead engine of %s failed", self.raw_model_uid)
+        await self._attempt(asyncio.to_thread(deaths.record, self.raw_model_uid, reason))
+        if self._link is not None:
+            await self._attempt(self._link.announce_death(reason))
+        # Nothing of this engine may be alive beside the next one.
+        await self._attempt(asyncio.to_thread(self._stop_engine))
         os._exit(EXIT_STATUS)
+
+    async def _attempt(self, step: Awaitable[None]) -> None:
+        try:
+            await step
+        except Exception:  # the next step must be taken all the same
+            logger.exception("A step after the death of the engine of %s failed", self.raw_model_uid)
 
     async def engine_status(self) -> dict[str, Any]:
         """State, processes and past deaths of this replica's engine, as plain data."""
@@ -261,13 +264,22 @@ class HostedModel(VLLMModel):
 
     def _stop_engine(self) -> None:
         self._stop_requested = True
-        if not isinstance(self._engine, EngineMember):
+        if not self._is_ours():
             super()._stop_engine()
             return
         task, self._check_health_task = self._check_health_task, None
         if task is not None:
             self._loop.call_soon_threadsafe(task.cancel)
-        self._engine.stop(self._settings.stop_timeout)
+        if self._engine is not None:  # else load() sees that it was asked to stop
+            self._engine.stop(self._settings.stop_timeout)
+
+
+def _size(name: str, value: Any) -> int:
+    if isinstance(value, str) and value.strip().isdecimal():
+        value = int(value)
+    if not isinstance(value, int) or value < 1:
+        raise BadLaunchArgumentError(f"{name}={value!r} cannot be used: it must be a whole number of 1 or more.")
+    return value
 
 
 def undecorated(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,6 +10,10 @@ from multiprocessing.process import BaseProcess
 
 import psutil
 
+from . import bootstrap
+
+EXIT_REPORT = "exit: "  # begins the report of a process that ended; how it ended follows
+
 
 def describe_exit(name: str, pid: int | None, exit_code: int) -> str:
     """How a process ended: ``"EngineCore (pid 12) was killed by SIGKILL"``."""
@@ -25,7 +29,7 @@ def describe_exit(name: str, pid: int | None, exit_code: int) -> str:
 
 
 def announce_exit(process: BaseProcess) -> None:
-    """Print one line to stderr when ``process`` ends other than well: its parent may say less, or nothing."""
+    """Say it on stderr and report it when ``process`` ends other than well: its parent may say less, later or never."""
 
     def watch() -> None:
         # Not join(): whoever else joins it would find no exit code where we had taken that.
@@ -37,7 +41,9 @@ def announce_exit(process: BaseProcess) -> None:
             assert ended is not None
             exit_code = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
         if exit_code:
-            sys.stderr.write(describe_exit(process.name, process.pid, exit_code) + "\n")
+            how = describe_exit(process.name, process.pid, exit_code)
+            sys.stderr.write(how + "\n")
+            bootstrap.report(EXIT_REPORT + how)
 
     threading.Thread(target=watch, name=f"{process.name}-exit", daemon=True).start()
 
