@@ -19,7 +19,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cluster(tiny_model: Path) -> Iterator[Cluster]:
-    """A cluster with "tiny" (chat and generate), "tiny-generate" and "tiny-audio" registered; stopping it must leave no process."""
+    """A cluster that knows "tiny" (chat and generate), "tiny-generate" and "tiny-audio"; it must leave no process."""
     with Cluster() as running:
         running.register(model_registration("tiny", tiny_model))
         running.register(model_registration("tiny-generate", tiny_model, abilities=("generate",)))
