@@ -110,3 +110,4 @@ def test_nothing_is_left_running_and_the_next_good_launch_works(
     assert good.returncode == 0, good.stderr
     answer = cluster.openai().completions.create(model="good", prompt="Hello", max_tokens=3)
     assert answer.usage is not None and answer.usage.completion_tokens == 3
+    assert cluster.cli("terminate", "--model-uid", "good").returncode == 0

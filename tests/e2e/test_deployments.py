@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,24 +31,43 @@ def test_supervisor_and_worker_with_a_virtual_environment_for_each_model(tiny_mo
         assert cluster.stop() == []
 
 
-REFRESH = """
+REGISTRATION = """
+import inspect, pickle
+import cloudpickle
+from xinference.extensions import get_extensions
 from xinference.model.llm import BUILTIN_LLM_FAMILIES, llm_family, register_builtin_model
-from xinf_vllm_backend.plugin.extension import install
 from xinf_vllm_backend.plugin.models import CLASSES
 
-for refresh in (install, register_builtin_model, install, register_builtin_model):
-    refresh()
+(extension,) = get_extensions()
+assert (extension.name, extension.api_version) == ("xinf_vllm_backend", 1)
+for hook in ("configure_api", "worker_metadata", "filter_worker_resources"):
+    assert not inspect.iscoroutinefunction(getattr(extension, hook)), hook
+assert extension.filter_worker_resources({"gpu_devices": [1, 3]}, []) == [1, 3]
+
+for _ in range(2):
     assert tuple(llm_family.VLLM_CLASSES[:3]) == CLASSES, llm_family.VLLM_CLASSES
     behind = {entry["llm_class"] for engines in llm_family.LLM_ENGINES.values() for entry in engines.get("vLLM", ())}
     assert behind == set(CLASSES), behind
-    chat_and_generate = [f for f in BUILTIN_LLM_FAMILIES if {"chat", "generate"} <= set(f.model_ability)]
-    for family in chat_and_generate:
-        for entry in llm_family.LLM_ENGINES[family.model_name].get("vLLM", ()):
-            assert hasattr(entry["llm_class"], "async_chat"), family.model_name
-print("ours", len(behind))
+    for family in BUILTIN_LLM_FAMILIES:
+        if {"chat", "generate"} <= set(family.model_ability):
+            for entry in llm_family.LLM_ENGINES[family.model_name].get("vLLM", ()):
+                assert hasattr(entry["llm_class"], "async_chat"), family.model_name
+    register_builtin_model()  # what a refresh of the catalog does
+
+model = CLASSES[0]("uid-rep0", BUILTIN_LLM_FAMILIES[0], "/nowhere", {"max_num_seqs": 4, "load_timeout": 5})
+for _ in range(2):  # to the model process, and back to the worker
+    model = pickle.loads(cloudpickle.dumps(model))
+assert model._model_config == {"max_num_seqs": 4} and model._options == {"load_timeout": 5}
+print("all is so")
 """
 
 
-def test_ours_are_the_classes_behind_vllm_also_after_a_refresh_of_the_catalog() -> None:
-    done = subprocess.run([sys.executable, "-c", REFRESH], capture_output=True, text=True, timeout=120, check=False)
-    assert done.stdout.splitlines()[-1:] == ["ours 3"], done.stderr
+def test_the_extension_keeps_xinferences_rules_also_after_a_refresh_of_the_catalog(tmp_path: Path) -> None:
+    environment = os.environ | {
+        "XINFERENCE_EXTENSIONS": "xinf_vllm_backend:extension",
+        "XINFERENCE_HOME": str(tmp_path),
+        "XINFERENCE_ENABLE_VIRTUAL_ENV": "0",
+    }
+    command = [sys.executable, "-c", REGISTRATION]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.splitlines()[-1:] == ["all is so"], done.stderr

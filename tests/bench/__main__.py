@@ -1,0 +1,12 @@
+"""``python -m tests.bench NAME``: run a benchmark."""
+
+from __future__ import annotations
+
+import click
+
+from . import events
+
+benchmarks = click.Group("bench", commands={"events": events.main})
+
+if __name__ == "__main__":
+    benchmarks()
