@@ -138,9 +138,15 @@ class TestTheContextOfEngineChildren:
         with vllm_seams.starts_from(EngineContext({})):
             assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
 
-    def test_needs_no_variable_where_the_seam_is_there(self, system_utils: Any) -> None:
+    @pytest.mark.parametrize("before", [None, "fork"])
+    def test_leaves_the_variable_that_vllm_reads_as_it_was(
+        self, before: str | None, system_utils: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if before is not None:
+            monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", before)
         with vllm_seams.starts_from(EngineContext({})):
-            assert "VLLM_WORKER_MULTIPROC_METHOD" not in os.environ
+            assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+        assert os.environ.get("VLLM_WORKER_MULTIPROC_METHOD") == before
 
     def test_spawns_as_doctor_finds(self, system_utils: Any) -> None:
         assert vllm_seams.start_method() == "spawn"

@@ -124,16 +124,23 @@ class _Multiprocessing:
 def starts_from(context: EngineContext) -> Iterator[None]:
     """Let every engine child that vLLM starts on this thread come from ``context``.
 
-    Where the seam is gone vLLM is at least told to spawn, by the variable it reads.
+    Meanwhile vLLM also reads "spawn" where it looks for it: some configurations are refused without, and where the
+    seam is gone it is what makes vLLM spawn.
     """
-    if not _install_context():
-        os.environ.update(SPAWN)
+    _install_context()
     INSPECTION.wrap(_inspect_in_child)
+    before = {name: os.environ.get(name) for name in SPAWN}
+    os.environ.update(SPAWN)
     token = _of_this_thread.set(context)
     try:
         yield
     finally:
         _of_this_thread.reset(token)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def start_method() -> str | None:
