@@ -31,6 +31,7 @@ _SECOND_HAND = (
 # Causes whose own words do not say what to do.
 _ADVICE = {
     re.compile(r"SafetensorError|PytorchStreamReader|invalid load key"): "a weight file is damaged; fetch it again",
+    re.compile(r"ModuleNotFoundError: No module"): "install it into the environment of the model process",
     re.compile(r"OutOfMemoryError|out of memory", re.IGNORECASE): "lower gpu_memory_utilization or max_model_len",
 }
 MAX_LENGTH = 600  # characters of a cause: some list all they know
