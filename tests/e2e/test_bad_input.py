@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -71,13 +72,13 @@ FAKE_VLLM = {
 REST = {
     "nixl": ({"_nixl_config": {"role": "prefill"}}, r"NIXL is not available"),
     "xavier": ({"enable_xavier": True, "replica": 2}, r"could not be loaded: ModuleNotFoundError: .* \(install it"),
-    "wrong-type": ({"max_num_seqs": "many"}, r"max_num_seqs='many' cannot be used"),
+    "wrong-type-by-rest": ({"max_num_seqs": "many"}, r"max_num_seqs='many' cannot be used"),
 }
 
 
 @pytest.fixture(scope="module")
 def launches(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future]]:
-    """All the bad launches, some at a time: by case, what the command line printed and returned."""
+    """All the bad launches, some at a time: by case, how the command line ended, or what the REST API answered."""
     bad = tmp_path_factory.mktemp("bad")
     arguments: dict[str, tuple[str, ...]] = {case: given for case, (given, _) in ARGUMENTS.items()}
     for case, (spoil, _) in DIRECTORIES.items():
@@ -90,7 +91,12 @@ def launches(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iter
     with ThreadPoolExecutor(AT_ONCE) as pool:
         yield {
             case: pool.submit(cluster.launch, "tiny", "--model-uid", case, *given) for case, given in arguments.items()
-        }
+        } | {case: pool.submit(_post, cluster, case) for case in REST}
+
+
+def _post(cluster: Cluster, case: str) -> httpx.Response:
+    body = {"model_name": "tiny", "model_type": "LLM", "model_engine": "vLLM", "model_uid": case, **REST[case][0]}
+    return httpx.post(f"{cluster.endpoint}/v1/models", json=body, timeout=300, trust_env=False)
 
 
 CASES = {case: sentence for table in (DIRECTORIES, ARGUMENTS, FAKE_VLLM) for case, (_, sentence) in table.items()}
@@ -109,16 +115,14 @@ def test_the_command_line_fails_with_one_clear_sentence(
 
 
 @pytest.mark.parametrize("case", REST)
-def test_the_rest_api_fails_with_one_clear_sentence(cluster: Cluster, case: str) -> None:
-    arguments, sentence = REST[case]
-    body = {"model_name": "tiny", "model_type": "LLM", "model_engine": "vLLM", "model_uid": f"rest-{case}", **arguments}
-    answer = httpx.post(f"{cluster.endpoint}/v1/models", json=body, timeout=120, trust_env=False)
+def test_the_rest_api_fails_with_one_clear_sentence(launches: dict[str, Future[httpx.Response]], case: str) -> None:
+    answer = launches[case].result()
     assert answer.status_code in (400, 503)
-    assert re.search(sentence, answer.json()["detail"]), answer.text
+    assert re.search(REST[case][1], answer.json()["detail"]), answer.text
 
 
 def test_nothing_is_left_running_and_the_next_good_launch_works(
-    cluster: Cluster, launches: dict[str, Future[subprocess.CompletedProcess[str]]]
+    cluster: Cluster, launches: dict[str, Future[Any]]
 ) -> None:
     for launch in launches.values():
         launch.result()
