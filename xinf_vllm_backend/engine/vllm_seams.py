@@ -271,12 +271,13 @@ def _call_in_child(context: EngineContext, fn: Callable[[], Any]) -> Any:
         child.start()
         sender.close()
         try:
-            return pickle.loads(receiver.recv_bytes())  # bounded by load_timeout, which kills the child
+            answer = receiver.recv_bytes()  # bounded by load_timeout, which kills the child
         except EOFError:
-            child.join()
-            raise RuntimeError(f"the inspection of the model's architecture ended with {child.exitcode}") from None
-        finally:
-            child.join()
+            answer = None
+        child.join()
+        if answer is None:
+            raise RuntimeError(f"the inspection of the model's architecture ended with {child.exitcode}")
+        return pickle.loads(answer)
 
 
 def _send_result(sender: Connection, pickled_fn: bytes) -> None:

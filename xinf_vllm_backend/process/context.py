@@ -8,7 +8,6 @@ and arguments travel as one nested blob, so that they are unpickled after the en
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -54,9 +53,6 @@ class EngineContext(SpawnContext):
 
     def Process(self, *args: Any, **kwargs: Any) -> EngineProcess:  # type: ignore[override]  # noqa: N802
         return EngineProcess(self, *args, **kwargs)
-
-    def current_process(self) -> Any:  # type: ignore[override]
-        return multiprocessing.current_process()
 
     def get_context(self, method: str | None = None) -> EngineContext:  # type: ignore[override]
         """Whatever method is asked for, this context is the answer."""
