@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, MutableMapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -31,6 +31,14 @@ class Settings(BaseModel):
     health_interval: float = Field(
         0.5, gt=0, description="time in seconds between two looks at whether the engine is still alive"
     )
+    engine_start_method: Literal["auto", "spawn", "zygote"] = Field(
+        "auto", description="way in which engine processes are made; auto: zygote on a CPU host, else spawn"
+    )
+    device_locks: str = Field(
+        "auto",
+        description="names of the devices, separated by commas, that no other engine may start on meanwhile; "
+        "auto: those it uses, none on a CPU host; none: no locks",
+    )
     cpu_kv_cache_gib: float = Field(
         0.0, ge=0, description="KV cache in GiB of each rank on a CPU host; 0 chooses by the free memory"
     )
@@ -47,15 +55,20 @@ class Settings(BaseModel):
         Raises:
             BadLaunchArgumentError: a value is of the wrong type or out of range.
         """
-        variables = {name: os.environ.get(ENVIRONMENT_PREFIX + name.upper()) for name in cls.model_fields}
+        variables = {name: os.environ.get(variable(name)) for name in cls.model_fields}
         given = {name: value for name, value in variables.items() if value is not None} | dict(options)
         try:
             return cls.model_validate(given)
         except ValidationError as error:
             first = error.errors()[0]
             name = str(first["loc"][0])
-            source = name if name in options else ENVIRONMENT_PREFIX + name.upper()
+            source = name if name in options else variable(name)
             raise BadLaunchArgumentError(
                 f"{source}={first['input']!r} cannot be used: {first['msg'].lower()} "
                 f"({name} is the {cls.model_fields[name].description})."
             ) from None
+
+
+def variable(option: str) -> str:
+    """The environment variable that gives ``option`` for all launches."""
+    return ENVIRONMENT_PREFIX + option.removeprefix("engine_").upper()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing.connection
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -10,15 +12,18 @@ from enum import Enum
 from typing import Any
 
 from ..errors import BackendError, EngineStartError, EngineStartTimeoutError, EngineStoppedError
+from ..process.bootstrap import Family
 from ..process.context import EngineContext
-from ..process.exits import EXIT_REPORT, describe_exit
+from ..process.exits import describe_exit
+from ..process.launch_lock import DeviceLocks, launch_lock
+from ..process.leftovers import Leftovers
 from ..process.output import OutputTail
-from ..process.tree import ProcessTree
 from ..settings import Settings
-from . import arguments, diagnosis, vllm_seams
+from . import arguments, diagnosis, preload, vllm_seams
 
 EXIT_TIMEOUT = 0.5  # seconds that a dead engine's processes have to end by themselves
 KILL_TIMEOUT = 5.0  # seconds until a SIGKILLed process is given up as unkillable
+REMOVE_TIMEOUT = 2.0  # seconds until files of a dead engine are left to the janitor
 
 
 class Phase(str, Enum):
@@ -41,6 +46,7 @@ class EngineMember:
         engine_args: a ``vllm.AsyncEngineArgs``.
         settings: the options of the model.
         on_phase: called, from several threads, with each phase of the start.
+        on_line: called, from several threads, with each line that the engine's processes print.
     """
 
     def __init__(
@@ -49,6 +55,7 @@ class EngineMember:
         engine_args: Any,
         settings: Settings,
         on_phase: Callable[[Phase], None] = lambda phase: None,
+        on_line: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.name = name
         self._engine_args = engine_args
@@ -56,13 +63,19 @@ class EngineMember:
         self._on_phase = on_phase
         self._engine: Any = None
         self._phase = Phase.ENVIRONMENT
-        self._lost: list[str] = []  # how Workers ended
+        self._deadline = 0.0
+        self._woken = threading.Event()  # loaded, failed or stopped
         self._stopping = threading.Event()
         self._stop_lock = threading.Lock()
-        self._tail = OutputTail()
-        self._tree = ProcessTree()
+        self._leftovers: Leftovers | None = None
+        self._tail = OutputTail(on_line=on_line)
         self._context = EngineContext(
-            vllm_seams.SPAWN, vllm_seams.prepare_child, self._child_started, self._tail, self._report
+            vllm_seams.SPAWN,
+            vllm_seams.prepare_child,
+            self._child_started,
+            self._tail,
+            self._report,
+            find_zygote=lambda: preload.zygote_client(settings.engine_start_method),
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -86,8 +99,8 @@ class EngineMember:
             EngineStartError: anything else, with the root cause.
         """
         arguments.check(self._engine_args)
-        deadline = (time.monotonic() if since is None else since) + self._settings.load_timeout
-        done = threading.Event()
+        self._deadline = (time.monotonic() if since is None else since) + self._settings.load_timeout
+        preload.start_zygote(self._settings.engine_start_method, self._engine_args.model)
         failures: list[BaseException] = []
 
         def load() -> None:
@@ -96,11 +109,11 @@ class EngineMember:
             except BaseException as error:  # handed to the thread that waits
                 failures.append(error)
             finally:
-                done.set()
+                self._woken.set()
 
         threading.Thread(target=load, name=f"vllm-engine-loader-{self.name}", daemon=True).start()
-        in_time = done.wait(max(0.0, deadline - time.monotonic()))
-        if in_time and not failures:
+        in_time = self._woken.wait(self._left())
+        if in_time and not failures and not self._stopping.is_set():
             self._enter(Phase.READY)
             return
         was_stopped = self._stopping.is_set()
@@ -114,16 +127,33 @@ class EngineMember:
                 f"in the phase {self._phase.value!r}; raise load_timeout if the model needs longer."
                 + (f" It last said: {said}" if said else "")
             )
+        if isinstance(failures[0], EngineStartError):  # a lock that was not to be had
+            raise failures[0]
         raise EngineStartError(self._start_failure(failures[0]))
 
     def _load(self) -> None:
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        with vllm_seams.starts_from(self._context):
+        devices = vllm_seams.devices(self._engine_args, self._settings.device_locks)
+        with contextlib.ExitStack() as held:
+            # Devices before the lock: whoever holds the lock waits for nobody.
+            locks = held.enter_context(DeviceLocks(devices, self.name))
+            locks.acquire(self._left(), self._stopping)
+            launch = held.enter_context(launch_lock.hold(self.name, self._left(), self._stopping))
+            held.enter_context(vllm_seams.starts_from(self._context, launch.release))
+            self._leave_together()
             self._enter(Phase.CONFIGURATION)
             self._engine = AsyncLLM.from_engine_args(self._engine_args)
-        self._tree.record(child.pid for child in self._context.children)
         self._tail.clear()  # what was said until now explains no later death
+
+    def _leave_together(self) -> None:
+        """Have all that this engine may leave behind marked and removed with its last process."""
+        self._leftovers = leftovers = Leftovers(vllm_seams.rpc_base())
+        self._context.family = Family(mark=leftovers.mark, alive=leftovers.alive)
+        os.environ.update(vllm_seams.rpc_directory(leftovers.directory))  # on this thread
+
+    def _left(self) -> float:
+        return max(0.0, self._deadline - time.monotonic())
 
     def _enter(self, phase: Phase) -> None:
         self._phase = phase
@@ -134,10 +164,7 @@ class EngineMember:
             self._enter(Phase.PROCESSES)
 
     def _report(self, message: str) -> None:
-        if message.startswith(EXIT_REPORT):
-            # vLLM waits for the other Workers, which wait for this one, before it reports itself dead.
-            self._lost.append(message.removeprefix(EXIT_REPORT))
-        elif self._engine is None:  # a phase after READY is of no interest
+        if self._engine is None:  # a phase after READY is of no interest
             self._enter(Phase(message))
 
     def _start_failure(self, error: BaseException) -> str:
@@ -152,14 +179,16 @@ class EngineMember:
     def is_dead(self) -> bool:
         """Whether a process of the engine ended or vLLM says that it is dead; False while it was never ready."""
         engine = self._engine
+        # A lost Worker is enough: vLLM waits for the others, which wait for that one, before it reports itself dead.
         return engine is not None and (
-            bool(self._lost) or any(child.exitcode is not None for child in self._serving()) or bool(engine.errored)
+            bool(self._context.lost)
+            or any(child.exitcode is not None for child in self._serving())
+            or bool(engine.errored)
         )
 
     def processes(self) -> list[dict[str, Any]]:
         """The engine's living processes: pid and title of each."""
-        self._tree.record(child.pid for child in self._context.children)
-        return self._tree.describe()
+        return self._context.tree.describe()
 
     def death(self) -> str:
         """How the engine died, in a sentence with the root cause where one is known; blocks for up to a second.
@@ -168,9 +197,10 @@ class EngineMember:
         """
         multiprocessing.connection.wait([child.sentinel for child in self._serving()], EXIT_TIMEOUT)
         self._context.await_output(EXIT_TIMEOUT)
-        how = ", ".join(self._lost) or self._how_children_ended() or "it reported itself dead"
+        lost = self._context.lost
+        how = ", ".join(lost) or self._how_children_ended() or "it reported itself dead"
         cause = diagnosis.root_cause(self._tail.lines())
-        if cause in self._lost:
+        if cause in lost:
             cause = None
         return f"The vLLM engine of {self.name} died: {how}" + (f"; {cause}" if cause else "")
 
@@ -193,16 +223,18 @@ class EngineMember:
             BackendError: a process survived SIGKILL for 5 s.
         """
         self._stopping.set()
+        self._woken.set()
         self._context.seal()
         with self._stop_lock:
-            self._tree.record(child.pid for child in self._context.children)
             if self._engine is not None and timeout > 0:
                 shutdown = threading.Thread(target=self._engine.shutdown, name="vllm-engine-shutdown", daemon=True)
                 shutdown.start()
                 shutdown.join(timeout)
-            left = self._tree.kill(KILL_TIMEOUT)
+            left = self._context.tree.kill(KILL_TIMEOUT)
             for child in self._context.children:
                 child.join(KILL_TIMEOUT)  # reap it
+            if self._leftovers is not None:
+                self._leftovers.remove(REMOVE_TIMEOUT)
         if left:
             pids = ", ".join(str(process.pid) for process in left)
             raise BackendError(f"Processes of the vLLM engine of {self.name} could not be killed: pid {pids}")

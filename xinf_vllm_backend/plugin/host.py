@@ -19,7 +19,7 @@ from ..engine import diagnosis, vllm_seams
 from ..engine.member import EngineMember, Phase
 from ..errors import BackendError, BadLaunchArgumentError, BadRequestError, EngineStartError, EngineStoppedError
 from ..settings import Settings
-from . import cpu, deaths
+from . import arrival, cpu, deaths, engine_log
 from .cluster import ClusterLink
 
 logger = logging.getLogger("xinference.vllm_backend")
@@ -41,7 +41,7 @@ class HostedModel(VLLMModel):
     def __init__(self, model_uid: str, model_family: Any, model_path: str, model_config: Any, *args: Any) -> None:
         launch_arguments = {} if model_config is None else model_config
         self._options = Settings.options_in(launch_arguments)
-        Settings.resolve(self._options)  # a bad one fails here, before anything is made
+        settings = Settings.resolve(self._options)  # a bad one fails here, before anything is made
         self._given = frozenset(launch_arguments)
         super().__init__(model_uid, model_family, model_path, launch_arguments, *args)
         deaths.begin(self.raw_model_uid)
@@ -49,8 +49,12 @@ class HostedModel(VLLMModel):
         self._death: asyncio.Task[str] | None = None
         self._link: ClusterLink | None = None
         self._refuse_unsupported()
+        self._start_method = settings.engine_start_method if self._is_ours() else "spawn"
         if cpu.is_cpu_build():
             self.model_family = cpu.without_vllm(self.model_family)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return arrival.departing(self, self._start_method, str(self.model_path))
 
     def _refuse_unsupported(self) -> None:
         if self._enable_weight_cache:
@@ -116,6 +120,7 @@ class HostedModel(VLLMModel):
                 raise EngineStoppedError(f"The model {self.model_uid} was stopped while it was loading.")
             if self._loading_error is not None:
                 raise self._loading_error[1]
+            engine_log.include_vllm_logger()
             self._engine.start(started)
 
     def wait_for_load(self) -> None:
@@ -128,7 +133,7 @@ class HostedModel(VLLMModel):
             asyncio.run_coroutine_threadsafe(self._link.announce(back), self._loop)
 
     def _make_member(self, engine_args: Any) -> EngineMember:
-        return EngineMember(self.raw_model_uid, engine_args, self._settings, self._show)
+        return EngineMember(self.raw_model_uid, engine_args, self._settings, self._show, engine_log.write)
 
     def _sanitize_model_config(self, model_config: Any) -> Any:
         config = super()._sanitize_model_config(model_config)

@@ -17,6 +17,31 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
+from typing import TYPE_CHECKING
+
+from . import leftovers, threads
+
+if TYPE_CHECKING:
+    from .zygote import ZygoteClient
+
+PID_REPORT = "pid: "  # begins the report of a process that began
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a child shares with its own children.
+
+    Attributes:
+        reports: write end of the pipe that :func:`report` uses.
+        zygote: where to have children forked; None to spawn them.
+        mark: in the name of all that they leave behind (see :mod:`.leftovers`); "" for no such names.
+        alive: held until this process ends, so that what it leaves is not removed before.
+    """
+
+    reports: Connection | None = None
+    zygote: ZygoteClient | None = None
+    mark: str = ""
+    alive: Connection | None = None
 
 
 @dataclass(frozen=True)
@@ -24,40 +49,46 @@ class ChildSetup:
     """What a child is given beside its target.
 
     Attributes:
-        environment: variables to set, over those inherited.
+        environment: all its variables.
+        family: what it shares with its own children.
         output: write end of the pipe that takes the child's stdout and stderr; None to inherit the parent's.
-        reports: write end of the pipe that :func:`report` uses, in this child and in its own children.
     """
 
     environment: Mapping[str, str] = field(default_factory=dict)
+    family: Family = Family()
     output: Connection | None = None
-    reports: Connection | None = None
 
 
-_setup = ChildSetup()
+was_forked = False  # by the zygote
+_family = Family()
 
 
-def reports() -> Connection | None:
-    """The write end that this process reports to, for its own children to share."""
-    return _setup.reports
+def family() -> Family:
+    """What this process shares with its own children; nothing outside an engine process."""
+    return _family
 
 
 def report(message: str) -> None:
     """Tell the process that owns the engine what this one is doing now; a no-op outside an engine process."""
-    if _setup.reports is not None:
+    if _family.reports is not None:
         # The owner may be gone or no longer listening: a report is never worth failing for.
         with contextlib.suppress(OSError):
-            _setup.reports.send_bytes(message.encode())
+            _family.reports.send_bytes(message.encode())
 
 
 def run(setup: ChildSetup, call: bytes) -> None:
     """Run the pickled ``(initializer, target, args, kwargs)`` in this child as ``setup`` says."""
-    global _setup
+    global _family
     parent = multiprocessing.parent_process()
     if parent is not None:
         bind_to(parent.sentinel)
-    os.environ.update(setup.environment)
-    _setup = setup
+    _family = setup.family
+    report(f"{PID_REPORT}{os.getpid()}")
+    _set_environment(setup.environment)
+    if was_forked:
+        threads.settle()
+    if _family.mark:
+        leftovers.name_after(_family.mark)
     _redirect_output(setup.output)
     initializer, target, args, kwargs = pickle.loads(call)
     if initializer is not None:
@@ -71,16 +102,31 @@ def bind_to(sentinel: int) -> None:
     The thread is enough for a process that runs. The kernel's signal also ends one that is stopped or that never
     lets go of the interpreter lock; unlike PR_SET_PDEATHSIG it waits for the parent, not for the parent's thread.
     """
+    kill_with(sentinel)
+    threading.Thread(target=_exit_with, args=(sentinel,), name="parent-watch", daemon=True).start()
+
+
+def kill_with(sentinel: int) -> None:
+    """Have the kernel kill this process when the write end of the pipe ``sentinel`` is closed, where it can."""
     with contextlib.suppress(AttributeError, OSError):  # no F_SETSIG: not Linux
         fcntl.fcntl(sentinel, fcntl.F_SETOWN, os.getpid())
         fcntl.fcntl(sentinel, fcntl.F_SETSIG, signal.SIGKILL)
         fcntl.fcntl(sentinel, fcntl.F_SETFL, fcntl.fcntl(sentinel, fcntl.F_GETFL) | os.O_ASYNC)
-    threading.Thread(target=_exit_with, args=(sentinel,), name="parent-watch", daemon=True).start()
+    if wait([sentinel], 0):  # it was closed before
+        os._exit(1)
 
 
 def _exit_with(sentinel: int) -> None:
     wait([sentinel])
     os._exit(1)
+
+
+def _set_environment(environment: Mapping[str, str]) -> None:
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    for name, value in environment.items():
+        if os.environ.get(name) != value:  # setproctitle needs those left alone that are right already
+            os.environ[name] = value
 
 
 def _redirect_output(output: Connection | None) -> None:

@@ -1,36 +1,58 @@
 """The multiprocessing context that engine processes are started from.
 
-Always spawn: no lock is inherited from a parent that has threads. Each child runs :mod:`.bootstrap` first; its target
-and arguments travel as one nested blob, so that they are unpickled after the environment is set and so that
-``Process.start()`` does not wait for the child's imports.
+Never a fork of this process: no lock is inherited from a parent that has threads. Children are forked by the zygote
+where there is one, else spawned. Each runs :mod:`.bootstrap` first; its target and arguments travel as one nested
+blob, so that they are unpickled after the environment is set and so that ``Process.start()`` does not wait for the
+child's imports.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from multiprocessing.connection import Pipe
 from multiprocessing.context import SpawnContext, SpawnProcess
+from multiprocessing.popen_fork import Popen
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from . import bootstrap
-from .exits import announce_exit
+from .bootstrap import ChildSetup, Family
+from .exits import EXIT_REPORT, announce_exit
 from .output import ChildOutput, OutputTail
+from .popen import SpawnPopen, ZygotePopen
+from .tree import ProcessTree
+from .zygote import ZygoteClient, ZygoteUnavailableError
+
+logger = logging.getLogger(__name__)
+
+FindZygote = Callable[[], "ZygoteClient | None"]
 
 
 class EngineContext(SpawnContext):
     """Starts engine processes and remembers them.
 
     Args:
-        environment: variables that every child sets before it imports anything.
+        environment: variables of every child, over those of this process at the moment it is started.
         initializer: importable function that a child calls after its environment is set, before its target.
         on_start: called with the name of each child that was started.
         tail: where the output of the children and of their descendants is kept; None lets them inherit ours.
         on_report: called with each message that a child or descendant sends by :func:`.bootstrap.report`, on a
             thread of this context; needs ``tail``.
+        family: what the children share with theirs, by default what this process shares with its own; each child gets
+            a pipe for reports of its own where there is a tail.
+        find_zygote: asked at each start for where to have the child forked; None, or a raised
+            :class:`.zygote.ZygoteUnavailableError`, spawns it. By default the family's zygote.
+
+    Attributes:
+        children: those that were started.
+        tree: they, and those descendants that run :mod:`.bootstrap`, since these report themselves.
+        lost: how descendants ended that ended badly, as their parents reported it.
     """
 
     def __init__(
@@ -39,15 +61,21 @@ class EngineContext(SpawnContext):
         initializer: Callable[[], None] | None = None,
         on_start: Callable[[str], None] = lambda name: None,
         tail: OutputTail | None = None,
-        on_report: Callable[[str], None] | None = None,
+        on_report: Callable[[str], None] = lambda message: None,
+        family: Family | None = None,
+        find_zygote: FindZygote | None = None,
     ) -> None:
         self.environment = dict(environment)
         self.initializer = initializer
         self.on_start = on_start
         self.tail = tail
         self.on_report = on_report
+        self.family = family or bootstrap.family()
+        self.find_zygote = find_zygote
         self.children: list[EngineProcess] = []
         self.outputs: list[ChildOutput] = []
+        self.tree = ProcessTree()
+        self.lost: list[str] = []
         self._sealed = False
         self._lock = threading.Lock()
 
@@ -80,11 +108,41 @@ class EngineContext(SpawnContext):
                 raise RuntimeError(f"{process.name} was not started: the engine is being stopped")
             start()
             self.children.append(process)
+        self.tree.record([process.pid])
         self.on_start(process.name)
+
+    def make(self, process: EngineProcess, zygote: ZygoteClient | None) -> Popen:
+        """Fork ``process`` from ``zygote``, or spawn it."""
+        environment = process.setup.environment
+        if zygote is not None:
+            try:
+                return ZygotePopen(process, environment, zygote)
+            except ZygoteUnavailableError as reason:
+                logger.warning("%s is spawned, not forked from the zygote: %s", process.name, reason)
+        return SpawnPopen(process, environment)
+
+    def zygote(self, name: str) -> ZygoteClient | None:
+        """Where to have the process ``name`` forked now."""
+        try:
+            return self.find_zygote() if self.find_zygote is not None else self.family.zygote
+        except ZygoteUnavailableError as reason:
+            logger.warning("%s is spawned, not forked from the zygote: %s", name, reason)
+            return None
+
+    def heard(self, message: str) -> None:
+        """Take a report of a descendant."""
+        if message.startswith(bootstrap.PID_REPORT):
+            self.tree.record([int(message.removeprefix(bootstrap.PID_REPORT))])
+        elif message.startswith(EXIT_REPORT):
+            self.lost.append(message.removeprefix(EXIT_REPORT))
+        else:
+            self.on_report(message)
 
 
 class EngineProcess(SpawnProcess):
-    """A spawned process that runs its target through :func:`.bootstrap.run`."""
+    """A process that runs its target through :func:`.bootstrap.run`."""
+
+    setup: ChildSetup
 
     def __init__(
         self,
@@ -97,39 +155,47 @@ class EngineProcess(SpawnProcess):
         *,
         daemon: bool | None = None,
     ) -> None:
-        call = _Nested((context.initializer, target, tuple(args), dict(kwargs or {})))
         super().__init__(group, bootstrap.run, name, daemon=daemon)
+        self._call = _Nested((context.initializer, target, tuple(args), dict(kwargs or {})))
         self._context = context
-        self._call = call
 
     def start(self) -> None:
         """Start the process; returns as soon as it runs, before it has imported anything."""
-        assert "_context" in self.__dict__, "cannot start a process twice"
-        context, call = self.__dict__.pop("_context"), self.__dict__.pop("_call")  # not for the child to have
+        assert "_context" in vars(self), "cannot start a process twice"
+        context = self._context
         with contextlib.ExitStack() as stack:
-            output = reports = None
-            readers = None
+            output = readers = None
+            family = replace(context.family, zygote=context.zygote(self.name))
             if context.tail is not None:
                 read_output, output = Pipe(duplex=False)
                 read_reports, reports = Pipe(duplex=False)
                 stack.callback(output.close)
                 stack.callback(reports.close)
-                readers = ChildOutput(self.name, read_output, read_reports, context.tail, context.on_report)
-            else:
-                reports = bootstrap.reports()
-            setup = bootstrap.ChildSetup(context.environment, output, reports)
-            self._args = (setup, call)
+                family = replace(family, reports=reports)
+                readers = ChildOutput(self.name, read_output, read_reports, context.tail, context.heard)
+            # All variables, as this thread sees them: what the process is forked from has others.
+            self.setup = ChildSetup({**os.environ, **context.environment}, family, output)
+            self._args = (self.setup, self._call)
             try:
                 context.launch(self, super().start)
             except BaseException:
                 if readers is not None:
                     readers.close()
                 raise
+            finally:
+                del self._context, self._call, self.setup  # or we would hold each other for ever
         if readers is not None:
             readers.start()
             context.outputs.append(readers)
         else:
             announce_exit(self)
+
+    def _Popen(self, process: EngineProcess) -> Popen:  # type: ignore[override]  # noqa: N802
+        return self._context.make(process, process.setup.family.zygote)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What the child gets: not the context, nor a second copy of what is in the arguments."""
+        return {name: value for name, value in vars(self).items() if name not in ("_context", "_call", "setup")}
 
 
 class _Nested:

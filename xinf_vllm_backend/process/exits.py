@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
@@ -32,14 +31,8 @@ def announce_exit(process: BaseProcess) -> None:
     """Say it on stderr and report it when ``process`` ends other than well: its parent may say less, later or never."""
 
     def watch() -> None:
-        # Not join(): whoever else joins it would find no exit code where we had taken that.
-        try:
-            ended = os.waitid(os.P_PID, process.pid or 0, os.WEXITED | os.WNOWAIT)
-        except ChildProcessError:
-            exit_code = process.exitcode
-        else:
-            assert ended is not None
-            exit_code = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+        process.join()
+        exit_code = process.exitcode
         if exit_code:
             how = describe_exit(process.name, process.pid, exit_code)
             sys.stderr.write(how + "\n")

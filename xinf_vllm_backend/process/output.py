@@ -17,13 +17,21 @@ MAX_LINE_LENGTH = 2000  # characters
 
 
 class OutputTail:
-    """The last lines of a group of processes; bounded, and safe to read from any thread."""
+    """The last lines of a group of processes; bounded, and safe to read from any thread.
 
-    def __init__(self, max_lines: int = MAX_LINES) -> None:
+    Args:
+        max_lines: that are kept.
+        on_line: called with each line as it comes, on the thread that reads it; must not fail.
+    """
+
+    def __init__(self, max_lines: int = MAX_LINES, on_line: Callable[[str], None] = lambda line: None) -> None:
         self._lines: deque[str] = deque(maxlen=max_lines)
+        self._on_line = on_line
 
     def append(self, line: str) -> None:
-        self._lines.append(line[:MAX_LINE_LENGTH])
+        line = line[:MAX_LINE_LENGTH]
+        self._lines.append(line)
+        self._on_line(line)
 
     def lines(self) -> list[str]:
         return list(self._lines)
@@ -64,6 +72,7 @@ class ChildOutput(threading.Thread):
     def close(self) -> None:
         self._output.close()
         self._reports.close()
+        self._on_report = None  # it may hold us
 
     def _read_output(self) -> bool:
         data = os.read(self._output.fileno(), 1 << 16)

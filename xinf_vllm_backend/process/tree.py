@@ -58,11 +58,15 @@ class ProcessTree:
         """Wait up to ``timeout`` seconds until none of them runs; returns those that still do."""
         deadline = time.monotonic() + timeout
         for process in self.alive():
-            # Not psutil's wait: it would reap a child whose exit code its multiprocessing.Process still wants.
-            with contextlib.suppress(ProcessLookupError), os.fdopen(os.pidfd_open(process.pid)) as handle:
-                if _runs(process):  # the pid is not another's by now
-                    select.select([handle], [], [], max(0.0, deadline - time.monotonic()))
+            _await_end(process, deadline)
         return self.alive()
+
+
+def _await_end(process: psutil.Process, deadline: float) -> None:
+    # Not psutil's wait: it would reap a child whose exit code its multiprocessing.Process still wants.
+    with contextlib.suppress(ProcessLookupError), os.fdopen(os.pidfd_open(process.pid)) as handle:
+        if _runs(process):  # the pid is not another's by now
+            select.select([handle], [], [], max(0.0, deadline - time.monotonic()))
 
 
 def _runs(process: psutil.Process) -> bool:

@@ -1,0 +1,117 @@
+"""The zygote of a model process: when there is one, and what it imports for the engine processes it will fork."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import json
+import logging
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..process.zygote import Zygote, ZygoteClient
+from . import vllm_seams
+
+logger = logging.getLogger(__name__)
+
+_zygote: Zygote | None = None
+_lock = threading.Lock()
+
+
+def start_zygote(method: str, model: str) -> None:
+    """Start this process's zygote, once, unless ``method`` means to spawn here.
+
+    Meant to be called as early as can be: the zygote imports beside this process.
+
+    Args:
+        method: the setting ``engine_start_method``.
+        model: directory of the model, or a name, which tells less.
+    """
+    global _zygote
+    with _lock:
+        if _zygote is not None or resolve(method) != "zygote":
+            return
+        environment = {**os.environ, **vllm_seams.SPAWN, **vllm_seams.linked_first()}
+        zygote = Zygote(environment, functools.partial(preload, model), hazard)
+        try:
+            zygote.start()
+        except OSError as error:
+            logger.warning("Engine processes are spawned: there can be no zygote: %s", error)
+            return
+        _zygote = zygote
+
+
+def resolve(method: str) -> str:
+    """Which method "auto" is here: "zygote" where it was measured to serve as fast as "spawn", on the CPU."""
+    if method == "auto":
+        return "zygote" if vllm_seams.is_cpu_build() else "spawn"
+    return method
+
+
+def zygote_client(method: str) -> ZygoteClient | None:
+    """Where to have an engine process forked; None where ``method`` means to spawn.
+
+    Raises:
+        ZygoteUnavailableError: there is no zygote now.
+    """
+    with _lock:
+        zygote = _zygote
+    return None if zygote is None or resolve(method) != "zygote" else zygote.client()
+
+
+def zygote_pid() -> int | None:
+    """The pid of this process's zygote, None where there is none."""
+    with _lock:
+        return None if _zygote is None else _zygote.pid
+
+
+def stop_zygote() -> None:
+    """End this process's zygote; its children live on."""
+    global _zygote
+    with _lock:
+        zygote, _zygote = _zygote, None
+    if zygote is not None:
+        zygote.stop()
+
+
+def preload(model: str) -> None:
+    """Run in the zygote: import what EngineCore and its Workers will, for this platform and architecture."""
+    for module in _modules(model):
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # a broken optional module must not cost the others
+            logger.warning("The zygote goes without %s: %r", module, error)
+
+
+def hazard() -> str | None:
+    """Run in the zygote: why a fork of it would not be clean, None if it would."""
+    if os.environ.get(vllm_seams.CUDA_COMPATIBILITY, "0") not in ("", "0"):
+        return "the linker finds CUDA's compatibility libraries only in a fresh process"
+    torch = sys.modules.get("torch")
+    for name in ("cuda", "xpu"):
+        accelerator = getattr(torch, name, None)
+        if accelerator is not None and accelerator.is_initialized():
+            return f"it has initialised torch.{name}"
+    return None
+
+
+def _modules(model: str) -> Iterator[str]:
+    yield from vllm_seams.ENGINE_MODULES
+    with contextlib.suppress(ImportError, AttributeError):
+        yield from vllm_seams.worker_modules()
+    for architecture in _architectures(Path(model)):
+        module = vllm_seams.module_of(architecture)
+        if module is not None:
+            yield module
+
+
+def _architectures(model: Path) -> list[str]:
+    try:
+        found = json.loads((model / "config.json").read_text()).get("architectures")
+    except (OSError, ValueError, AttributeError):  # none, or not one of Transformers
+        return []
+    return found if isinstance(found, list) else []

@@ -1,0 +1,66 @@
+"""Changes to ``os.environ`` that only the thread that makes them sees."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+_changes: ContextVar[dict[str, str | None] | None] = ContextVar("changes to the environment", default=None)
+
+
+@contextlib.contextmanager
+def private(**variables: str) -> Iterator[None]:
+    """Keep to this thread, and drop in the end, what is written to ``os.environ`` meanwhile; ``variables`` first.
+
+    Whoever reads ``os.environ`` on this thread sees the changes, so that libraries which configure themselves and
+    their children by it work, any number of them side by side. The environment in C is not changed.
+    """
+    if not isinstance(os.environ, _Environment):
+        # In place: others hold the object itself.
+        os.environ.__class__ = _Environment
+    token = _changes.set(dict(variables))
+    try:
+        yield
+    finally:
+        _changes.reset(token)
+
+
+class _Environment(type(os.environ)):  # type: ignore[misc]
+    def __getitem__(self, name: str) -> Any:
+        changes = _changes.get()
+        if changes is None or name not in changes:
+            return super().__getitem__(name)
+        value = changes[name]
+        if value is None:
+            raise KeyError(name)
+        return value
+
+    def __setitem__(self, name: str, value: str) -> None:
+        changes = _changes.get()
+        if changes is None:
+            super().__setitem__(name, value)
+        else:
+            changes[self.decodekey(self.encodekey(name))] = self.decodevalue(self.encodevalue(value))
+
+    def __delitem__(self, name: str) -> None:
+        changes = _changes.get()
+        if changes is None:
+            super().__delitem__(name)
+            return
+        if name not in self:
+            raise KeyError(name)
+        changes[name] = None
+
+    def __iter__(self) -> Iterator[str]:
+        changes = _changes.get()
+        if changes is None:
+            yield from super().__iter__()
+            return
+        yield from (name for name in super().__iter__() if name not in changes)
+        yield from [name for name, value in changes.items() if value is not None]
+
+    def __len__(self) -> int:
+        return super().__len__() if _changes.get() is None else sum(1 for _ in self)

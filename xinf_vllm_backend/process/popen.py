@@ -1,0 +1,167 @@
+"""How an engine process comes into being: spawned, or forked by the zygote.
+
+Both run multiprocessing's own child side, with the environment they are given in place of the parent's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import socket
+import subprocess
+import threading
+from collections.abc import Mapping
+from multiprocessing import popen_fork, popen_spawn_posix, reduction, resource_tracker, spawn, util
+from multiprocessing.connection import wait
+from multiprocessing.context import set_spawning_popen
+from multiprocessing.process import BaseProcess
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .zygote import ZygoteClient
+
+STATUS_TIMEOUT = 5.0  # seconds that the zygote has to tell how a child of it ended, once it has
+STATUS_UNKNOWN = 255  # exit code of a process whose zygote died before it
+
+
+class _EnginePopen(popen_fork.Popen):
+    """What both have in common: two pipes, by which each side sees the other end."""
+
+    def __init__(self, process: BaseProcess, environment: Mapping[str, str]) -> None:
+        self._fds: list[int] = []
+        self._environment = environment
+        super().__init__(process)
+
+    def _launch(self, process: BaseProcess) -> None:
+        data = self._pickled(process)
+        with contextlib.ExitStack() as stack:
+            child_r, parent_w = _pipe(stack)
+            self.sentinel, alive = _pipe(stack)
+            self.pid = self._make(child_r, alive)
+            with open(parent_w, "wb", closefd=False) as child:
+                child.write(data)
+            os.close(child_r)
+            os.close(alive)
+            stack.pop_all()
+        # The child sees that we are gone when the last copy of parent_w is closed, and only we have it.
+        self.finalizer = util.Finalize(self, _close_both, (self.sentinel, parent_w))
+
+    def _pickled(self, process: BaseProcess) -> memoryview:
+        buffer = io.BytesIO()
+        set_spawning_popen(self)  # type: ignore[arg-type]
+        try:
+            reduction.dump(spawn.get_preparation_data(process.name), buffer)
+            reduction.dump(process, buffer)
+        finally:
+            set_spawning_popen(None)
+        return buffer.getbuffer()
+
+    def _make(self, data: int, alive: int) -> int:
+        """Make the process, give it both ends and ``_fds``; returns its pid."""
+        raise NotImplementedError
+
+
+class SpawnPopen(_EnginePopen):
+    """A fresh interpreter, with ``environment`` from its first instruction."""
+
+    method = "spawn"
+    DupFd = popen_spawn_posix.Popen.DupFd
+
+    def duplicate_for_child(self, fd: int) -> int:
+        self._fds.append(fd)
+        return fd
+
+    def _make(self, data: int, alive: int) -> int:
+        tracker = resource_tracker.getfd()
+        assert tracker is not None
+        command = spawn.get_command_line(tracker_fd=tracker, pipe_handle=data)
+        command[0] = os.fsdecode(spawn.get_executable())
+        self._process = subprocess.Popen(
+            command, env=dict(self._environment), pass_fds={tracker, data, alive, *self._fds}
+        )
+        return self._process.pid
+
+    def poll(self, flag: int = os.WNOHANG) -> int | None:
+        # Unlike a bare waitpid() this loses no exit code when two threads ask.
+        self.returncode = self._process.poll() if flag == os.WNOHANG else self._process.wait()
+        return self.returncode
+
+
+class _Inherited:
+    """Pickled in the place of a file descriptor: which one it is among those sent to the zygote."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def detach(self) -> int:
+        return inherited[self.index]
+
+
+inherited: list[int] = []  # the file descriptors that a child of the zygote was sent
+
+
+class ZygotePopen(_EnginePopen):
+    """A child of the zygote.
+
+    Raises:
+        ZygoteUnavailableError: there is no child, and none will come.
+    """
+
+    method = "spawn"  # what the child is to believe
+    DupFd = _Inherited
+
+    def __init__(self, process: BaseProcess, environment: Mapping[str, str], zygote: ZygoteClient) -> None:
+        self._zygote = zygote
+        self._status: socket.socket | None = None
+        self._poll_lock = threading.Lock()
+        super().__init__(process, environment)
+
+    def duplicate_for_child(self, fd: int) -> int:
+        self._fds.append(fd)
+        return len(self._fds) - 1
+
+    def _make(self, data: int, alive: int) -> int:
+        pid, self._status = self._zygote.fork(self._environment, data, alive, self._fds)
+        return pid
+
+    def poll(self, flag: int = os.WNOHANG) -> int | None:
+        with self._poll_lock:
+            while self.returncode is None:
+                signs: list[Any] = [self.sentinel] if self._status is None else [self.sentinel, self._status]
+                if not wait(signs, 0 if flag == os.WNOHANG else None):
+                    break
+                self.returncode = self._exit_code()
+        return self.returncode
+
+    def _exit_code(self) -> int | None:
+        """What the zygote says of the process; None if only the zygote has ended."""
+        if self._status is not None:
+            with self._status as status, contextlib.suppress(OSError):  # a time-out is one
+                status.settimeout(STATUS_TIMEOUT)
+                if message := status.recv(64):
+                    return int(message)
+            self._status = None
+        return STATUS_UNKNOWN if wait([self.sentinel], 0) else None
+
+    def close(self) -> None:
+        super().close()
+        if self._status is not None:
+            self._status.close()
+
+
+def _pipe(stack: contextlib.ExitStack) -> tuple[int, int]:
+    ends = os.pipe()
+    for end in ends:
+        stack.callback(_close, end)
+    return ends
+
+
+def _close_both(*fds: int) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def _close(fd: int) -> None:
+    with contextlib.suppress(OSError):
+        os.close(fd)
