@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
-from . import events
+from . import events, startup
 
-benchmarks = click.Group("bench", commands={"events": events.main})
+benchmarks = click.Group("bench", commands={"events": events.main, "startup": startup.main})
 
 if __name__ == "__main__":
     benchmarks()

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from xinf_vllm_backend.demo.tiny_model import make_tiny_model
+from xinf_vllm_backend.engine import preload
 from xinf_vllm_backend.engine.member import EngineMember, Phase
 from xinf_vllm_backend.settings import Settings
 
@@ -21,9 +22,17 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def zygote(tiny_model: Path) -> Iterator[None]:
+    """It imports while the first tests run; those that start engines by it wait for it."""
+    preload.start_zygote("zygote", str(tiny_model))
+    yield
+    preload.stop_zygote()
+
+
 @pytest.fixture(autouse=True)
 def environment_kept() -> Iterator[None]:
-    """vLLM writes into the environment of this process, and later tests start clusters from it."""
+    """Imports write into the environment of this process, and later tests start clusters from it."""
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -35,16 +44,31 @@ async def make_member(tiny_model: Path) -> AsyncIterator[Callable[..., EngineMem
     """Make an engine member for the tiny model; each is stopped, and must leave no process, when the test ends."""
     members: list[EngineMember] = []
 
-    def make(on_phase: Callable[[Phase], None] = lambda phase: None, **arguments: Any) -> EngineMember:
+    def make(
+        on_phase: Callable[[Phase], None] = lambda phase: None,
+        method: str = "zygote",
+        environment: dict[str, str] | None = None,
+        **arguments: Any,
+    ) -> EngineMember:
         from vllm.engine.arg_utils import AsyncEngineArgs
 
-        defaults = {"model": str(tiny_model), "enforce_eager": True, "kv_cache_memory_bytes": 256 << 20}
-        members.append(EngineMember("tiny", AsyncEngineArgs(**{**defaults, **arguments}), Settings(), on_phase))
+        options = {**Settings.options_in(arguments), "engine_start_method": method}
+        defaults = {"model": str(tiny_model), "enforce_eager": True, "kv_cache_memory_bytes": 64 << 20}
+        engine_args = AsyncEngineArgs(**{**defaults, **arguments})
+        settings = Settings.resolve(options)
+        members.append(EngineMember("tiny", engine_args, settings, on_phase, environment=environment or {}))
         return members[-1]
 
     yield make
-    for member in members:
-        await asyncio.to_thread(member.stop, 5)
+    await asyncio.gather(*(asyncio.to_thread(member.stop, 5) for member in members))
     await asyncio.sleep(0)  # vLLM closes its sockets on the loop that it served from
-    left = [p for p in psutil.Process().children(recursive=True) if "resource_tracker" not in " ".join(p.cmdline())]
-    assert not left
+    assert not left_of(preload.zygote_pid())
+
+
+def left_of(zygote: int | None) -> list[psutil.Process]:
+    """Our descendants, without the zygote itself and multiprocessing's tracker."""
+    return [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if process.pid != zygote and "resource_tracker" not in " ".join(process.cmdline())
+    ]

@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from xinf_vllm_backend.engine import preload
 from xinf_vllm_backend.engine.member import EngineMember, Phase
-from xinf_vllm_backend.errors import EngineStoppedError
+from xinf_vllm_backend.errors import EngineStartTimeoutError, EngineStoppedError
+from xinf_vllm_backend.process.launch_lock import DeviceLocks
 
 pytestmark = pytest.mark.engine
 
@@ -35,9 +39,7 @@ async def until_dead(member: EngineMember) -> None:
         await asyncio.sleep(0.01)
 
 
-async def test_two_ranks_are_spawned_serve_and_die_with_a_reason(
-    make_member: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_two_ranks_serve_and_die_with_a_reason(make_member: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if (os.cpu_count() or 1) > 1 else "0|0")
     phases: list[tuple[Phase, str]] = []
     member = make_member(lambda phase: phases.append((phase, threading.current_thread().name)), tensor_parallel_size=2)
@@ -56,13 +58,109 @@ async def test_two_ranks_are_spawned_serve_and_die_with_a_reason(
     assert f"VllmWorker-1 (pid {victim}) was killed by SIGKILL" in await asyncio.to_thread(member.death)
 
 
+async def test_engines_start_side_by_side_each_with_its_own_environment(
+    make_member: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight at once: the environment of this process is at no moment other than before."""
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # so that a function can be sent to a Worker
+    from vllm.v1.engine import async_llm  # noqa: F401 - when it is imported, vLLM does set variables
+
+    before = dict(os.environ)
+    differing: list[object] = []
+    elsewhere = ThreadPoolExecutor(1)
+
+    def watch(phase: Phase) -> None:
+        differing.extend(elsewhere.submit(dict, os.environ).result(10).items() ^ before.items())
+
+    names = [f"{number}" for number in range(8)]
+    members = [make_member(watch, environment={"XINF_VLLM_TEST_DEVICES": name}) for name in names]
+    await asyncio.gather(*(asyncio.to_thread(member.start) for member in members))
+    for name, member in zip(names, members, strict=True):
+        assert await member.collective_rpc(lambda worker: os.environ["XINF_VLLM_TEST_DEVICES"]) == [name]
+    assert differing == []
+    assert dict(os.environ) == before
+    texts = [(await generate(member, 5)).outputs[0].text for member in members]
+    assert len(set(texts)) == 1
+
+
+async def test_a_launch_does_not_wait_for_the_handshake_of_another(
+    make_member: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vllm-omni's PR 2717: while launch 1 is in its handshake, launch 2 spawns; it once waited until 1 was ready."""
+    from vllm.v1.engine import utils
+
+    in_handshake, go_on = threading.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+    second_spawned = asyncio.Event()
+    handshake = utils.wait_for_engine_startup
+
+    def held_up(*args: Any, **kwargs: Any) -> Any:
+        if not in_handshake.is_set():
+            in_handshake.set()
+            assert go_on.wait(60)
+        return handshake(*args, **kwargs)
+
+    monkeypatch.setattr(utils, "wait_for_engine_startup", held_up)
+    first = asyncio.create_task(asyncio.to_thread(make_member().start))
+    assert await asyncio.to_thread(in_handshake.wait, 60)
+
+    second = make_member(lambda phase: phase is Phase.READY and loop.call_soon_threadsafe(second_spawned.set))
+    await asyncio.wait_for(asyncio.to_thread(second.start), 60)  # it needs the lock, and gets it
+    assert not first.done()
+    go_on.set()
+    await asyncio.wait_for(first, 60)
+
+
+async def test_a_launch_whose_device_is_held_says_by_whom(make_member: Make, tmp_path: Path) -> None:
+    held = DeviceLocks(["test-device"], "another")
+    held.acquire(1, threading.Event())
+    member = make_member(device_locks="test-device", load_timeout=1.5)
+    with (
+        held,
+        pytest.raises(EngineStartTimeoutError, match=rf"test-device, held by another \(pid {os.getpid()}, since"),
+    ):
+        await asyncio.to_thread(member.start)
+    await asyncio.to_thread(make_member(device_locks="test-device").start)  # it was let go
+
+
+async def test_a_killed_engine_leaves_no_file_behind(make_member: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if (os.cpu_count() or 1) > 1 else "0|0")
+    before = files()
+    member = make_member(tensor_parallel_size=2)
+    await asyncio.to_thread(member.start)
+    assert [path for path in files() - before if "cpushm" in path]  # the names that ranks on a CPU make
+    for process in member.processes():
+        os.kill(process["pid"], signal.SIGKILL)
+    await asyncio.wait_for(until_dead(member), NOTICED)
+    await asyncio.to_thread(member.stop, 5)
+    assert files() - before == set()
+
+
+async def test_a_spawned_engine_answers_as_one_of_the_zygote(make_member: Make) -> None:
+    spawned, forked = make_member(method="spawn"), make_member()
+    await asyncio.gather(asyncio.to_thread(spawned.start), asyncio.to_thread(forked.start))
+    parents = [psutil.Process(process["pid"]).ppid() for process in forked.processes()]
+    assert set(parents) == {preload.zygote_pid()}
+    assert psutil.Process(spawned.processes()[0]["pid"]).ppid() == os.getpid()
+    texts = [(await generate(member, 50)).outputs[0].text for member in (spawned, forked)]
+    assert texts[0] == texts[1]
+
+
+def files() -> set[str]:
+    return {str(path) for place in ("/dev/shm", tempfile.gettempdir()) for path in Path(place).glob("*xvllm*")} | {
+        str(path) for path in Path("/dev/shm").iterdir()
+    }
+
+
 async def test_a_stop_while_it_starts_ends_the_start_and_leaves_nothing(
     make_member: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))  # so that the architecture is inspected anew, in a child
     started = asyncio.Event()
     loop = asyncio.get_running_loop()
-    member = make_member(lambda phase: phase is Phase.PROCESSES and loop.call_soon_threadsafe(started.set))
+    member = make_member(
+        lambda phase: phase is Phase.PROCESSES and loop.call_soon_threadsafe(started.set), method="spawn"
+    )
     start = asyncio.create_task(asyncio.to_thread(member.start))
     await asyncio.wait_for(started.wait(), 120)
     (engine_core,) = member.processes()

@@ -42,7 +42,11 @@ def tell_size(end: Connection, payload: bytes) -> None:
     end.send(len(payload))
 
 
-if path := os.environ.get(VARIABLE):
+def wait_at(path: str) -> None:
     with open(f"{path}.reached", "wb", buffering=0) as reached, open(path, "rb", buffering=0) as gate:
         reached.write(b"1")
         gate.read(1)
+
+
+if path := os.environ.get(VARIABLE):
+    wait_at(path)

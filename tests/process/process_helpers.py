@@ -5,17 +5,42 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xinf_vllm_backend.process.output import ChildOutput
+
+if TYPE_CHECKING:
+    from xinf_vllm_backend.process.context import EngineContext, EngineProcess
 
 TIMEOUT = 30.0  # seconds; only reached when something is broken
 
 # What a test starts beside the contexts under test: nothing of ours is in it.
 plain = multiprocessing.get_context("spawn")
+
+
+def started(context: EngineContext, target: Callable[..., None], *arguments: Any) -> EngineProcess:
+    """A process that runs ``target``; the connections among the arguments are its own from then on."""
+    process = context.Process(target=target, args=arguments)
+    process.start()
+    for argument in arguments:
+        if isinstance(argument, Connection):
+            argument.close()
+    return process
+
+
+def told(context: EngineContext, target: Callable[..., None], *arguments: Any) -> Any:
+    """What ``target`` sends by the pipe that it is given first."""
+    near, far = Pipe()
+    process = started(context, target, far, *arguments)
+    answer = receive(near)
+    near.close()
+    assert exit_code(process) == 0
+    return answer
 
 
 def receive(end: Connection) -> Any:
@@ -54,11 +79,27 @@ def is_announced(process: BaseProcess) -> None:
 def has_ended(process: BaseProcess) -> bool:
     """Whether ``process``, a child, is a zombie within the bound; its sentinel would say so a little too early."""
     assert process.pid is not None
-    handle = os.pidfd_open(process.pid)
+    return is_gone(process.pid)
+
+
+def is_gone(pid: int) -> bool:
+    """Whether the process ``pid``, whosever child it is, has ended within the bound."""
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
     try:
         return bool(wait([handle], TIMEOUT))
     finally:
         os.close(handle)
+
+
+def becomes(condition: Callable[[], bool]) -> bool:
+    """Whether ``condition``, of which nothing tells us, comes true within the bound."""
+    deadline = time.monotonic() + TIMEOUT
+    while not condition() and time.monotonic() < deadline:
+        os.sched_yield()
+    return condition()
 
 
 def on_thread(function: Callable[[], Any]) -> threading.Thread:

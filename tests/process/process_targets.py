@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
+import gc
 import importlib
 import multiprocessing
 import os
 import pickle
+import random
 import resource
 import signal
 import struct
 import sys
+import threading
 from collections.abc import Callable
+from multiprocessing import shared_memory
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
-from process_helpers import is_announced
+from process_helpers import exit_code, is_announced
 
 from xinf_vllm_backend.process import bootstrap
 from xinf_vllm_backend.process.context import EngineContext, EngineProcess
+from xinf_vllm_backend.process.zygote import Zygote
 
 _initialized = False
 _context: EngineContext | None = None
@@ -73,6 +80,84 @@ def do_nothing() -> None:
     pass
 
 
+def tell_state(end: Connection) -> None:
+    """Tell all that could show whether this process was spawned or forked."""
+    signal.set_wakeup_fd(wakeup := signal.set_wakeup_fd(-1))
+    end.send(
+        {
+            "environment": dict(os.environ),
+            "working directory": os.getcwd(),
+            "arguments": sys.argv,
+            "path": sys.path,
+            "signal handlers": {number: repr(signal.getsignal(number)) for number in signal.valid_signals()},
+            "blocked signals": signal.pthread_sigmask(signal.SIG_BLOCK, ()),
+            "wakeup": wakeup,
+            "garbage collection": (gc.isenabled(), gc.get_threshold()),
+            "CPUs": os.sched_getaffinity(0),
+            "files": sorted(kind_of_file(fd) for fd in os.listdir("/proc/self/fd")),
+            "stdin": os.readlink("/proc/self/fd/0"),
+            "threads": sorted(thread.name for thread in threading.enumerate()),
+            "name": multiprocessing.current_process().name,
+            "daemon": multiprocessing.current_process().daemon,
+            "children": multiprocessing.active_children(),
+            "authentication key": bytes(multiprocessing.current_process().authkey),
+            "parent": (multiprocessing.parent_process() or multiprocessing.current_process()).pid,
+            "start method": multiprocessing.get_start_method(),
+        }
+    )
+
+
+def kind_of_file(fd: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}").partition(":")[0]
+    except FileNotFoundError:  # the one by which the others were listed
+        return ""
+
+
+def tell_parent(end: Connection) -> None:
+    end.send((os.getpid(), os.getppid()))
+
+
+def tell_random_numbers(end: Connection) -> None:
+    numpy = sys.modules.get("numpy")
+    end.send((random.random(), None if numpy is None else numpy.random.random()))
+
+
+def tell_files(end: Connection, *fds: int) -> None:
+    end.send([os.readlink(f"/proc/self/fd/{fd}") for fd in fds])
+
+
+def tell_title(end: Connection, title: str) -> None:
+    import setproctitle
+
+    setproctitle.setproctitle(title)
+    end.send(Path("/proc/self/cmdline").read_bytes().rstrip(b"\0").decode())
+
+
+def tell_modules(end: Connection) -> None:
+    end.send(set(sys.modules))
+
+
+def tell_of_a_child(end: Connection, target: Callable[..., None], *arguments: Any) -> None:
+    """Tell what ``target`` tells, in a child."""
+    exit_code(started_by_child(target, end, *arguments))
+
+
+def tell_whether_a_second_child_starts(end: Connection, grandchild_end: Connection, question: str) -> None:
+    """Tell it while the first one, whose output nobody reads, is awaited by the thread that announces its end."""
+    first = started_by_child(echo_after_pid, grandchild_end)
+    grandchild_end.close()
+    end.send("the first one was started")
+    end.recv()
+    {"is_alive": first.is_alive, "start": lambda: started_by_child(do_nothing).join()}[question]()
+    end.send("done")
+    echo(end)
+
+
+def write_at_exit(path: Path) -> None:
+    atexit.register(path.write_text, "written")
+
+
 # -- targets that end
 
 
@@ -81,6 +166,7 @@ def end_by(how: str) -> None:
     {
         "returning": lambda: None,
         "status 3": lambda: sys.exit(3),
+        "a text": lambda: sys.exit("that was that"),
         "an exception": lambda: [][0],
         "os._exit": lambda: os._exit(4),
         "SIGKILL": lambda: os.kill(os.getpid(), signal.SIGKILL),
@@ -158,6 +244,20 @@ def use_all_in_a_child(*arguments: Any) -> None:
     started_by_child(use_all, *arguments).join()
 
 
+# -- targets that leave something behind
+
+
+def hold(end: Connection, mark: str) -> None:
+    """Have what bears ``mark`` in shared memory, say so, and answer; ends without removing it when killed."""
+    segment = shared_memory.SharedMemory(create=True, size=16)
+    lock = multiprocessing.get_context("spawn").Lock()
+    end.send(sorted(name for name in os.listdir("/dev/shm") if mark in name))
+    echo(end)
+    segment.close()
+    segment.unlink()
+    del lock
+
+
 # -- families: owner -> child -> grandchild
 
 
@@ -180,6 +280,55 @@ def own(end: Connection, behaviour: Callable[..., None], arguments: tuple[Any, .
         stop(child.pid)
     end.send("started")
     echo(end)
+
+
+def own_a_zygote(end: Connection, behaviour: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """Like :func:`own`, by a zygote; tells the pid of that."""
+    zygote = make_zygote()
+    context = EngineContext({}, own_children_are_bound_too, find_zygote=zygote.client)
+    context.Process(target=behaviour, args=arguments).start()
+    for argument in arguments:
+        if isinstance(argument, Connection):
+            argument.close()
+    end.send(zygote.pid)
+    echo(end)
+
+
+def own_a_zygote_that_preloads(end: Connection, preload: Callable[[], None]) -> None:
+    end.send(make_zygote(preload).pid)
+    echo(end)
+
+
+def own_a_zygote_and_die_at_once(target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    context = EngineContext({}, own_children_are_bound_too, find_zygote=make_zygote().client)
+    context.Process(target=target, args=arguments).start()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def own_a_zygote_and_just_end() -> None:
+    EngineContext({}, find_zygote=make_zygote().client).Process(target=do_nothing).start()
+
+
+def own_a_zygote_and_tell_files_with_one_closed(end: Connection, closed: int) -> None:
+    """Tell the stdout and stderr of a child made after ``closed`` was, one of them."""
+    zygote = make_zygote()
+    context = EngineContext({}, find_zygote=zygote.client)
+
+    def ask(target: Callable[..., None], *arguments: Any) -> None:
+        process = context.Process(target=target, args=(end, *arguments))
+        process.start()
+        exit_code(process)
+
+    ask(tell_parent)
+    os.close(closed)
+    ask(tell_files, 1, 2)
+    zygote.stop()
+
+
+def make_zygote(preload: Callable[[], None] = do_nothing) -> Zygote:
+    zygote = Zygote(dict(os.environ), preload, do_nothing)
+    zygote.start()
+    return zygote
 
 
 def own_and_die_at_once(target: Callable[..., None], arguments: tuple[Any, ...], environment: dict[str, str]) -> None:

@@ -7,7 +7,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +14,25 @@ import blocking_at_import
 import imported_in_child
 import process_targets as targets
 import pytest
-from process_helpers import TIMEOUT, all_output_is_read, answers, exit_code, join, on_thread, open_files, plain, receive
+from process_helpers import (
+    TIMEOUT,
+    all_output_is_read,
+    answers,
+    exit_code,
+    join,
+    on_thread,
+    open_files,
+    plain,
+    receive,
+    started,
+    told,
+)
 
-from xinf_vllm_backend.process.context import EngineContext, EngineProcess
+from xinf_vllm_backend.process.context import EngineContext
 from xinf_vllm_backend.process.output import OutputTail
 
 VARIABLE = "XINF_VLLM_TEST_VARIABLE"
 LARGE = b"x" * 200_000  # a pipe takes 65536 bytes
-
-
-def started(context: EngineContext, target: Callable[..., None], *arguments: Any) -> EngineProcess:
-    process = context.Process(target=target, args=arguments)
-    process.start()
-    for argument in arguments:
-        if isinstance(argument, Connection):
-            argument.close()
-    return process
-
-
-def told(context: EngineContext, target: Callable[..., None], *arguments: Any) -> Any:
-    """What ``target`` sends by the pipe that it is given first."""
-    near, far = Pipe()
-    process = started(context, target, far, *arguments)
-    answer = receive(near)
-    near.close()
-    assert exit_code(process) == 0
-    return answer
 
 
 @pytest.fixture

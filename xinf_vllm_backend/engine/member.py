@@ -7,8 +7,9 @@ import multiprocessing.connection
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum
+from types import MappingProxyType
 from typing import Any
 
 from ..errors import BackendError, EngineStartError, EngineStartTimeoutError, EngineStoppedError
@@ -23,6 +24,7 @@ from . import arguments, diagnosis, preload, vllm_seams
 
 EXIT_TIMEOUT = 0.5  # seconds that a dead engine's processes have to end by themselves
 KILL_TIMEOUT = 5.0  # seconds until a SIGKILLed process is given up as unkillable
+LOCK_MARGIN = 1.0  # seconds before load_timeout in which a launch that waits for others can still say for whom
 REMOVE_TIMEOUT = 2.0  # seconds until files of a dead engine are left to the janitor
 
 
@@ -47,6 +49,8 @@ class EngineMember:
         settings: the options of the model.
         on_phase: called, from several threads, with each phase of the start.
         on_line: called, from several threads, with each line that the engine's processes print.
+        environment: variables of this engine alone, such as its devices; for its processes, and for vLLM while it
+            configures the engine here.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class EngineMember:
         settings: Settings,
         on_phase: Callable[[Phase], None] = lambda phase: None,
         on_line: Callable[[str], None] = lambda line: None,
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.name = name
         self._engine_args = engine_args
@@ -70,7 +75,7 @@ class EngineMember:
         self._leftovers: Leftovers | None = None
         self._tail = OutputTail(on_line=on_line)
         self._context = EngineContext(
-            vllm_seams.SPAWN,
+            environment,
             vllm_seams.prepare_child,
             self._child_started,
             self._tail,
@@ -138,8 +143,8 @@ class EngineMember:
         with contextlib.ExitStack() as held:
             # Devices before the lock: whoever holds the lock waits for nobody.
             locks = held.enter_context(DeviceLocks(devices, self.name))
-            locks.acquire(self._left(), self._stopping)
-            launch = held.enter_context(launch_lock.hold(self.name, self._left(), self._stopping))
+            locks.acquire(self._left(LOCK_MARGIN), self._stopping)
+            launch = held.enter_context(launch_lock.hold(self.name, self._left(LOCK_MARGIN), self._stopping))
             held.enter_context(vllm_seams.starts_from(self._context, launch.release))
             self._leave_together()
             self._enter(Phase.CONFIGURATION)
@@ -148,12 +153,15 @@ class EngineMember:
 
     def _leave_together(self) -> None:
         """Have all that this engine may leave behind marked and removed with its last process."""
-        self._leftovers = leftovers = Leftovers(vllm_seams.rpc_base())
+        with self._stop_lock:
+            if self._stopping.is_set():
+                raise EngineStoppedError(f"The launch of {self.name} was stopped.")
+            self._leftovers = leftovers = Leftovers(vllm_seams.rpc_base())
         self._context.family = Family(mark=leftovers.mark, alive=leftovers.alive)
         os.environ.update(vllm_seams.rpc_directory(leftovers.directory))  # on this thread
 
-    def _left(self) -> float:
-        return max(0.0, self._deadline - time.monotonic())
+    def _left(self, margin: float = 0.0) -> float:
+        return max(0.0, self._deadline - margin - time.monotonic())
 
     def _enter(self, phase: Phase) -> None:
         self._phase = phase

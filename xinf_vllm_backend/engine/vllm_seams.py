@@ -12,6 +12,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import logging
 import multiprocessing
 import os
 import pickle
@@ -31,6 +32,8 @@ from ..errors import BackendError, BadRequestError, UnsupportedVersionError
 from ..process import bootstrap, environment
 from ..process.context import EngineContext
 from . import diagnosis
+
+logger = logging.getLogger(__name__)
 
 SUPPORTED = SpecifierSet(">=0.27.1,<0.34")
 
@@ -168,13 +171,20 @@ def starts_from(context: EngineContext, when_spawned: Callable[[], None] = lambd
         context: makes the children.
         when_spawned: called when all of an engine's processes are started and the handshake begins.
     """
-    _install_context()
     INSPECTION.wrap(_inspect_in_child)
-    HANDSHAKE.wrap(_announcing_spawned)
+    gone = [
+        seam
+        for seam, there in ((CONTEXT, _install_context()), (HANDSHAKE, HANDSHAKE.wrap(_announcing_spawned)))
+        if not there
+    ]
+    for seam in gone:
+        logger.warning("vLLM %s has no %s: %s", version(), seam.name, seam.without)
+    # Children that vLLM makes itself inherit what is really in the environment.
+    changed = environment.public if CONTEXT in gone else environment.private
     context_token = _of_this_thread.set(context)
     spawned_token = _when_spawned.set(when_spawned)
     try:
-        with environment.private(**SPAWN):
+        with changed(**(SPAWN | context.environment)):
             yield
     finally:
         _of_this_thread.reset(context_token)

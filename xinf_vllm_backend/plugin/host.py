@@ -15,7 +15,7 @@ from typing import Any
 
 from xinference.model.llm.vllm.core import VLLMModel
 
-from ..engine import diagnosis, vllm_seams
+from ..engine import diagnosis, preload, vllm_seams
 from ..engine.member import EngineMember, Phase
 from ..errors import BackendError, BadLaunchArgumentError, BadRequestError, EngineStartError, EngineStoppedError
 from ..settings import Settings
@@ -255,6 +255,7 @@ class HostedModel(VLLMModel):
             "pid": os.getpid(),
             "python": sys.executable,
             "processes": engine.processes() if ours else [],
+            "zygote": preload.zygote_pid(),
             "settings": self._settings.model_dump(),
             "deaths": len(past),
             "last_error": past[-1] if past else None,

@@ -6,6 +6,7 @@ and call the real target. Nothing heavy is imported before the environment is se
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import multiprocessing
@@ -17,7 +18,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from . import leftovers, threads
 
@@ -94,6 +95,18 @@ def run(setup: ChildSetup, call: bytes) -> None:
     if initializer is not None:
         initializer()
     target(*args, **kwargs)
+
+
+def leave(exit_code: int) -> NoReturn:
+    """End this process after its target has: what it wanted done at exit is done, what the kernel does is left to it.
+
+    To take apart, object by object, all that an engine process imported takes seconds.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # none, or closed
+            stream.flush()
+    os._exit(exit_code)
 
 
 def bind_to(sentinel: int) -> None:

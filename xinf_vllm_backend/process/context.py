@@ -193,6 +193,10 @@ class EngineProcess(SpawnProcess):
     def _Popen(self, process: EngineProcess) -> Popen:  # type: ignore[override]  # noqa: N802
         return self._context.make(process, process.setup.family.zygote)
 
+    def _bootstrap(self, parent_sentinel: int | None = None) -> int:
+        exit_code = super()._bootstrap(parent_sentinel)  # type: ignore[misc]
+        bootstrap.leave(exit_code)
+
     def __getstate__(self) -> dict[str, Any]:
         """What the child gets: not the context, nor a second copy of what is in the arguments."""
         return {name: value for name, value in vars(self).items() if name not in ("_context", "_call", "setup")}

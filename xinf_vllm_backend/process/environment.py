@@ -28,6 +28,21 @@ def private(**variables: str) -> Iterator[None]:
         _changes.reset(token)
 
 
+@contextlib.contextmanager
+def public(**variables: str) -> Iterator[None]:
+    """Set ``variables`` in the environment of the whole process meanwhile."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
 class _Environment(type(os.environ)):  # type: ignore[misc]
     def __getitem__(self, name: str) -> Any:
         changes = _changes.get()

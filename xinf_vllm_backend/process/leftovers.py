@@ -13,7 +13,7 @@ import os
 import secrets
 import subprocess
 import tempfile
-from multiprocessing import Pipe, shared_memory
+from multiprocessing import Pipe, resource_tracker, shared_memory
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -31,7 +31,7 @@ class Leftovers:
         base: the directory is made in it, in /tmp if its name is too long; by default the system's for such files.
 
     Attributes:
-        mark: in the name of all that is to be removed.
+        mark: in the name of all that is to be removed; "" where nobody will.
         directory: for files; made and removed by us.
         alive: every process of the engine is to hold it until it ends.
     """
@@ -44,6 +44,8 @@ class Leftovers:
         until_end, self.alive = Pipe(duplex=False)
         with until_end:
             self._janitor = _janitor(self.directory, self.mark, until_end)
+        if self._janitor is None:
+            self.mark = ""
 
     def remove(self, timeout: float) -> None:
         """Let go, and wait up to ``timeout`` seconds until all is removed; idempotent."""
@@ -60,6 +62,12 @@ def name_after(mark: str) -> None:
     names["_SHM_NAME_PREFIX"] = f"/{mark}-"
     names["_SHM_SAFE_NAME_LENGTH"] = len(mark) + 10
     multiprocessing.current_process()._config["semprefix"] = f"/{mark}"  # type: ignore[attr-defined]
+    # Else the tracker, which lives as long as the process that owns the engine, would miss what the janitor removed.
+    vars(resource_tracker).update(register=_leave_to_janitor, unregister=_leave_to_janitor)
+
+
+def _leave_to_janitor(name: str, rtype: str) -> None:
+    pass
 
 
 def _janitor(directory: Path, mark: str, until_end: Connection) -> subprocess.Popen[bytes] | None:

@@ -126,20 +126,21 @@ class ZygotePopen(_EnginePopen):
         return pid
 
     def poll(self, flag: int = os.WNOHANG) -> int | None:
-        with self._poll_lock:
-            while self.returncode is None:
-                signs: list[Any] = [self.sentinel] if self._status is None else [self.sentinel, self._status]
-                if not wait(signs, 0 if flag == os.WNOHANG else None):
-                    break
-                self.returncode = self._exit_code()
+        while self.returncode is None:
+            signs: list[Any] = [self.sentinel] if self._status is None else [self.sentinel, self._status]
+            if not wait(signs, 0 if flag == os.WNOHANG else None):
+                break
+            with self._poll_lock:  # not while one waits: others only look
+                if self.returncode is None:
+                    self.returncode = self._exit_code()
         return self.returncode
 
     def _exit_code(self) -> int | None:
         """What the zygote says of the process; None if only the zygote has ended."""
         if self._status is not None:
-            with self._status as status, contextlib.suppress(OSError):  # a time-out is one
-                status.settimeout(STATUS_TIMEOUT)
-                if message := status.recv(64):
+            with contextlib.suppress(OSError):  # a time-out is one
+                self._status.settimeout(STATUS_TIMEOUT)
+                if message := self._status.recv(64):
                     return int(message)
             self._status = None
         return STATUS_UNKNOWN if wait([self.sentinel], 0) else None
