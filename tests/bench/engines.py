@@ -19,7 +19,7 @@ import traceback
 import uuid
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from xinf_vllm_backend.engine.member import EngineMember
@@ -86,7 +86,7 @@ class Engines:
 class Bench:
     """What the process can be told to do; times are in seconds."""
 
-    def __init__(self, method: Any, model: str) -> None:
+    def __init__(self, method: str, model: str) -> None:
         self._method = method
         self._model = model
         self._running: list[EngineMember] = []
@@ -196,7 +196,7 @@ class Bench:
         from xinf_vllm_backend.settings import Settings
 
         arguments = AsyncEngineArgs(model=self._model, enforce_eager=True, kv_cache_memory_bytes=KV_CACHE)
-        return EngineMember("tiny", arguments, Settings(engine_start_method=self._method))
+        return EngineMember("tiny", arguments, Settings.resolve({"engine_start_method": self._method}))
 
     def _check(self, member: EngineMember) -> None:
         """A zygote that refused would be measured as if it had forked."""
@@ -223,9 +223,7 @@ def _private(pid: int | None) -> int:
     return int(psutil.Process(pid).memory_full_info().uss)
 
 
-async def _serve(method: str, model: str) -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what vLLM prints is no answer
+async def _serve(method: str, model: str, answers: IO[str]) -> None:
     bench = Bench(method, model)
     try:
         while line := await asyncio.to_thread(sys.stdin.readline):
@@ -244,9 +242,11 @@ def main() -> None:
     from xinf_vllm_backend.engine import preload
 
     method, model = sys.argv[1:]
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what vLLM prints, here and in all children, is no answer
     preload.start_zygote(method, model)  # imports beside this process, as in a model process
     try:
-        asyncio.run(_serve(method, model))
+        asyncio.run(_serve(method, model, answers))
     finally:
         preload.stop_zygote()
 

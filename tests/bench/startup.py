@@ -40,7 +40,7 @@ THROUGHPUT = f"{REQUESTS} requests x {TOKENS} tokens, greedy"
 NOTES = f"""\
 Each figure is the median of the rounds with its spread, each ratio the median of the rounds' own ratios; so the phases,
 which are the whole in every round, may not add up to the last digit here. The sides take turns. All run with
-`enforce_eager` and a KV cache of {KV_CACHE >> 20} MiB; stock is given the sizes without which it does not start on a CPU.
+`enforce_eager` and {KV_CACHE >> 20} MiB of KV cache; stock is given the sizes without which it does not start on a CPU.
 
 - A launch is timed from the start of the `xinference launch` command line until a completion is answered; one is asked
   for every {POLL:g} s.

@@ -65,7 +65,6 @@ async def test_engines_start_side_by_side_each_with_its_own_environment(
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # so that a function can be sent to a Worker
     from vllm.v1.engine import async_llm  # noqa: F401 - when it is imported, vLLM does set variables
 
-    before = dict(os.environ)
     differing: list[object] = []
     elsewhere = ThreadPoolExecutor(1)
 
@@ -74,6 +73,7 @@ async def test_engines_start_side_by_side_each_with_its_own_environment(
 
     names = [f"{number}" for number in range(8)]
     members = [make_member(watch, environment={"XINF_VLLM_TEST_DEVICES": name}) for name in names]
+    before = dict(os.environ)
     await asyncio.gather(*(asyncio.to_thread(member.start) for member in members))
     for name, member in zip(names, members, strict=True):
         assert await member.collective_rpc(lambda worker: os.environ["XINF_VLLM_TEST_DEVICES"]) == [name]
