@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from packaging.specifiers import SpecifierSet
 
-from .engine import vllm_seams
+from .engine import preload, vllm_seams
 
 ENTRY = "xinf_vllm_backend:extension"
 XINFERENCE = SpecifierSet(">=4.1,<4.2")
@@ -110,7 +110,7 @@ def _start_method() -> Finding:
     method = vllm_seams.start_method()
     return Finding(
         "start method of engine processes",
-        method or "unknown: vLLM cannot be imported",
+        preload.resolve("auto") if method == "spawn" else method or "unknown: vLLM cannot be imported",
         method == "spawn",
         "" if method == "spawn" else "engine processes would be forked from a process with threads",
     )

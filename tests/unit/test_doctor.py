@@ -147,10 +147,11 @@ class TestTheEngine:
         assert finding.found.startswith("unknown")
 
     @pytest.mark.parametrize(("method", "ok"), [("spawn", True), ("fork", False)])
-    def test_only_spawn_is_right(self, method: str, ok: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_only_a_fork_is_wrong(self, method: str, ok: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(doctor.preload, "resolve", lambda method: "zygote")
         monkeypatch.setattr(doctor.vllm_seams, "start_method", lambda: method)
         finding = doctor._start_method()
-        assert (finding.ok, finding.found) == (ok, method)
+        assert (finding.ok, finding.found) == (ok, "zygote" if ok else "fork")
         assert bool(finding.advice) is not ok
 
 

@@ -102,11 +102,13 @@ def leave(exit_code: int) -> NoReturn:
 
     To take apart, object by object, all that an engine process imported takes seconds.
     """
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, OSError, ValueError):  # none, or closed
-            stream.flush()
-    os._exit(exit_code)
+    try:
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, OSError, ValueError):  # none, or closed
+                stream.flush()
+    finally:
+        os._exit(exit_code)
 
 
 def bind_to(sentinel: int) -> None:

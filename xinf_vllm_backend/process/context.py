@@ -76,7 +76,7 @@ class EngineContext(SpawnContext):
         self.outputs: list[ChildOutput] = []
         self.tree = ProcessTree()
         self.lost: list[str] = []
-        self._sealed = False
+        self._sealed = threading.Event()
         self._lock = threading.Lock()
 
     def Process(self, *args: Any, **kwargs: Any) -> EngineProcess:  # type: ignore[override]  # noqa: N802
@@ -88,8 +88,9 @@ class EngineContext(SpawnContext):
 
     def seal(self) -> None:
         """From now on no child can be started, whoever tries; those that were started are in ``children``."""
-        with self._lock:
-            self._sealed = True
+        self._sealed.set()
+        with self._lock:  # a start in flight gives up, or is in ``children`` by now
+            pass
 
     def await_output(self, timeout: float) -> None:
         """Wait up to ``timeout`` seconds for the last lines of children that have ended."""
@@ -104,22 +105,27 @@ class EngineContext(SpawnContext):
             RuntimeError: the context was sealed.
         """
         with self._lock:
-            if self._sealed:
-                raise RuntimeError(f"{process.name} was not started: the engine is being stopped")
+            self._refuse_if_sealed(process)
             start()
             self.children.append(process)
         self.tree.record([process.pid])
         self.on_start(process.name)
 
-    def make(self, process: EngineProcess, zygote: ZygoteClient | None) -> Popen:
-        """Fork ``process`` from ``zygote``, or spawn it."""
-        environment = process.setup.environment
-        if zygote is not None:
+    def _refuse_if_sealed(self, process: EngineProcess) -> None:
+        if self._sealed.is_set():
+            raise RuntimeError(f"{process.name} was not started: the engine is being stopped")
+
+    def make(self, process: EngineProcess) -> Popen:
+        """Fork ``process`` from its family's zygote, or spawn it."""
+        setup = process.setup
+        if setup.family.zygote is not None:
             try:
-                return ZygotePopen(process, environment, zygote)
+                return ZygotePopen(process, setup.environment, setup.family.zygote, self._sealed)
             except ZygoteUnavailableError as reason:
+                self._refuse_if_sealed(process)
                 logger.warning("%s is spawned, not forked from the zygote: %s", process.name, reason)
-        return SpawnPopen(process, environment)
+            process.setup = replace(setup, family=replace(setup.family, zygote=None))
+        return SpawnPopen(process, setup.environment)
 
     def zygote(self, name: str) -> ZygoteClient | None:
         """Where to have the process ``name`` forked now."""
@@ -175,7 +181,6 @@ class EngineProcess(SpawnProcess):
                 readers = ChildOutput(self.name, read_output, read_reports, context.tail, context.heard)
             # All variables, as this thread sees them: what the process is forked from has others.
             self.setup = ChildSetup({**os.environ, **context.environment}, family, output)
-            self._args = (self.setup, self._call)
             try:
                 context.launch(self, super().start)
             except BaseException:
@@ -191,15 +196,16 @@ class EngineProcess(SpawnProcess):
             announce_exit(self)
 
     def _Popen(self, process: EngineProcess) -> Popen:  # type: ignore[override]  # noqa: N802
-        return self._context.make(process, process.setup.family.zygote)
+        return self._context.make(process)
 
     def _bootstrap(self, parent_sentinel: int | None = None) -> int:
         exit_code = super()._bootstrap(parent_sentinel)  # type: ignore[misc]
         bootstrap.leave(exit_code)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What the child gets: not the context, nor a second copy of what is in the arguments."""
-        return {name: value for name, value in vars(self).items() if name not in ("_context", "_call", "setup")}
+        """What the child gets: not the context."""
+        state = {name: value for name, value in vars(self).items() if name not in ("_context", "_call", "setup")}
+        return state | {"_args": (self.setup, self._call)}
 
 
 class _Nested:

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Mapping
 from multiprocessing import popen_fork, popen_spawn_posix, reduction, resource_tracker, spawn, util
 from multiprocessing.connection import wait
-from multiprocessing.context import set_spawning_popen
+from multiprocessing.context import get_spawning_popen, set_spawning_popen
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any
 
@@ -34,15 +34,15 @@ class _EnginePopen(popen_fork.Popen):
         super().__init__(process)
 
     def _launch(self, process: BaseProcess) -> None:
-        data = self._pickled(process)
         with contextlib.ExitStack() as stack:
             child_r, parent_w = _pipe(stack)
-            self.sentinel, alive = _pipe(stack)
-            self.pid = self._make(child_r, alive)
+            self.sentinel, self.alive = _pipe(stack)
+            data = self._pickled(process)
+            self.pid = self._make(child_r, self.alive)
             with open(parent_w, "wb", closefd=False) as child:
                 child.write(data)
             os.close(child_r)
-            os.close(alive)
+            os.close(self.alive)
             stack.pop_all()
         # The child sees that we are gone when the last copy of parent_w is closed, and only we have it.
         self.finalizer = util.Finalize(self, _close_both, (self.sentinel, parent_w))
@@ -60,6 +60,13 @@ class _EnginePopen(popen_fork.Popen):
     def _make(self, data: int, alive: int) -> int:
         """Make the process, give it both ends and ``_fds``; returns its pid."""
         raise NotImplementedError
+
+
+class Alive:
+    """Arrives in a spawned process as the file descriptor that tells its end; what it forks must not hold that."""
+
+    def __reduce__(self) -> tuple[type[int], tuple[int]]:
+        return int, (get_spawning_popen().alive,)  # type: ignore[union-attr]
 
 
 class SpawnPopen(_EnginePopen):
@@ -111,8 +118,11 @@ class ZygotePopen(_EnginePopen):
     method = "spawn"  # what the child is to believe
     DupFd = _Inherited
 
-    def __init__(self, process: BaseProcess, environment: Mapping[str, str], zygote: ZygoteClient) -> None:
+    def __init__(
+        self, process: BaseProcess, environment: Mapping[str, str], zygote: ZygoteClient, cancelled: threading.Event
+    ) -> None:
         self._zygote = zygote
+        self._cancelled = cancelled
         self._status: socket.socket | None = None
         self._poll_lock = threading.Lock()
         super().__init__(process, environment)
@@ -122,7 +132,7 @@ class ZygotePopen(_EnginePopen):
         return len(self._fds) - 1
 
     def _make(self, data: int, alive: int) -> int:
-        pid, self._status = self._zygote.fork(self._environment, data, alive, self._fds)
+        pid, self._status = self._zygote.fork(self._environment, data, alive, self._fds, self._cancelled)
         return pid
 
     def poll(self, flag: int = os.WNOHANG) -> int | None:

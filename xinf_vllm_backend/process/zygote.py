@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import Pipe, parent_process, spawn
@@ -27,6 +28,7 @@ from . import bootstrap, popen
 logger = logging.getLogger(__name__)
 
 ANSWER_TIMEOUT = 60.0  # seconds; the first request may find the zygote still importing
+POLL = 0.1  # seconds until one who waits for an answer sees that it was cancelled
 STOP_TIMEOUT = 5.0  # seconds
 MOST_DEATHS = 3  # in a row before it was ready: it will not get there
 MAX_FDS = 200  # the kernel passes at most 253 in one message
@@ -59,7 +61,7 @@ class ZygoteClient:
     frozen: Mapping[str, str]
 
     def fork(
-        self, environment: Mapping[str, str], data: int, alive: int, fds: Sequence[int]
+        self, environment: Mapping[str, str], data: int, alive: int, fds: Sequence[int], cancelled: threading.Event
     ) -> tuple[int, socket.socket]:
         """Have a child forked that runs what comes out of the pipe ``data``, and holds ``alive`` and ``fds``.
 
@@ -67,7 +69,7 @@ class ZygoteClient:
             Its pid, and the socket that gets its exit code once it has ended.
 
         Raises:
-            ZygoteUnavailableError: the zygote refused, is gone, or did not answer within 60 s.
+            ZygoteUnavailableError: the zygote refused, is gone, or did not answer within 60 s or until ``cancelled``.
         """
         differing = self.frozen.items() ^ frozen(environment).items()
         if differing:
@@ -82,7 +84,10 @@ class ZygoteClient:
                 message = [pickle.dumps(os.sched_getaffinity(0))]
                 passed = [theirs.fileno(), data, alive, *streams, *fds]
                 socket.send_fds(self.requests, message, passed, socket.MSG_DONTWAIT)
-            status.settimeout(ANSWER_TIMEOUT)
+            deadline = time.monotonic() + ANSWER_TIMEOUT
+            while not wait([status], POLL):
+                if cancelled.is_set() or time.monotonic() > deadline:
+                    raise ZygoteUnavailableError(f"it did not answer within {ANSWER_TIMEOUT:g} s")
             answer = status.recv(4096).decode()
             pid = answer.removeprefix("pid ")
             if pid == answer:
@@ -90,8 +95,7 @@ class ZygoteClient:
             return int(pid), status
         except OSError as error:
             status.close()
-            reason = f"it did not answer within {ANSWER_TIMEOUT:g} s" if isinstance(error, TimeoutError) else str(error)
-            raise ZygoteUnavailableError(reason) from None
+            raise ZygoteUnavailableError(str(error)) from None
         except BaseException:
             status.close()
             raise
@@ -158,20 +162,24 @@ class Zygote:
         if self._watcher is not None:
             self._watcher.join(STOP_TIMEOUT)
 
-    def _make(self, why_not: str | None) -> Connection:
+    def _make(self, why_not: str | None) -> Connection | None:
         ready, greeting = Pipe(duplex=False)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         process = _ZygoteProcess(self._environment, theirs, greeting, self._preload, self._hazard)
         with self._lock, theirs, greeting:
+            if self._stopped:
+                ours.close()
+                ready.close()
+                return None
             self._client = ZygoteClient(ours, frozen(self._environment))
             self._why_not = why_not
             process.start()
             self._process = process
         return ready
 
-    def _watch(self, ready: Connection) -> None:
+    def _watch(self, ready: Connection | None) -> None:
         never_ready = 0
-        while True:
+        while ready is not None:
             process = self._process
             assert process is not None
             never_ready = 0 if self._is_ready(ready) else never_ready + 1
@@ -207,7 +215,8 @@ class Zygote:
 
 class _ZygoteProcess(SpawnProcess):
     def __init__(self, environment: Mapping[str, str], *args: object) -> None:
-        super().__init__(target=serve, args=args, name="Zygote")
+        # A daemon, or multiprocessing would wait for it when this process ends, and it for that.
+        super().__init__(target=serve, args=(*args, popen.Alive()), name="Zygote", daemon=True)
         self._environment = environment
 
     def _Popen(self, process: SpawnProcess) -> popen.SpawnPopen:  # type: ignore[override]  # noqa: N802
@@ -215,7 +224,11 @@ class _ZygoteProcess(SpawnProcess):
 
 
 def serve(
-    requests: socket.socket, ready: Connection, preload: Callable[[], None], hazard: Callable[[], str | None]
+    requests: socket.socket,
+    ready: Connection,
+    preload: Callable[[], None],
+    hazard: Callable[[], str | None],
+    alive: int,
 ) -> None:
     """What the zygote runs; returns when its model process has ended, and in each child when that has run."""
     parent = parent_process()
@@ -228,7 +241,7 @@ def serve(
     gc.freeze()
     with ready:
         ready.send_bytes(b"ready")
-    birth = _Server(requests, parent.sentinel, hazard).run()
+    birth = _Server(requests, parent.sentinel, alive, hazard).run()
     if birth is not None:
         sys.exit(birth.live())
 
@@ -261,13 +274,13 @@ class _Birth:
 class _Server:
     """Forks on request and tells how the children end."""
 
-    def __init__(self, requests: socket.socket, parent: int, hazard: Callable[[], str | None]) -> None:
+    def __init__(self, requests: socket.socket, parent: int, alive: int, hazard: Callable[[], str | None]) -> None:
         self._requests = requests
         self._parent = parent
         self._hazard = hazard
         self._children: dict[int, socket.socket] = {}  # by pid: who is told of their end
         self._wakeup, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._fds = (parent, self._wakeup, wakeup)
+        self._fds = (parent, alive, self._wakeup, wakeup)
         signal.signal(signal.SIGCHLD, lambda *_: None)  # or nothing is written to the pipe
         signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
 
@@ -336,8 +349,10 @@ class _Server:
             pid, how = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
                 return
-            with self._children.pop(pid) as status:
-                _tell(status, str(os.waitstatus_to_exitcode(how)))
+            status = self._children.pop(pid, None)
+            if status is not None:  # else what an import had started, and left to us
+                with status:
+                    _tell(status, str(os.waitstatus_to_exitcode(how)))
 
 
 def _name(title: str) -> None:
