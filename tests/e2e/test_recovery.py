@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -78,6 +79,24 @@ def test_the_deaths_are_counted(serving: Cluster) -> None:
     metrics = httpx.get(f"{address}/metrics", trust_env=False).text
     counts = re.findall(r'^xinference:vllm_engine_deaths_total\{.*model_uid="tiny".*\} (\d+)', metrics, re.MULTILINE)
     assert sum(map(int, counts)) == status(serving)["deaths"] == 2
+
+
+def test_a_killed_zygote_is_replaced_while_the_model_serves(serving: Cluster) -> None:
+    old, engine = status(serving)["zygote"], serving.engine_processes()
+    assert [process.ppid() for process in engine] == [old, old]
+    assert answers(serving)
+    os.kill(old, signal.SIGKILL)
+    assert answers(serving)
+    wait_until(lambda: status(serving)["zygote"] != old, NOTICED, "another zygote")
+    assert f"The zygote (pid {old}) ended with -9" in serving.log_text()
+    assert [process for process in engine if process.is_running()] == engine
+
+
+def test_what_vllm_prints_is_in_xinferences_log_file(serving: Cluster) -> None:
+    (log,) = serving.directory.glob("home/logs/**/xinference.log")
+    text = log.read_text()
+    assert re.search(r" INFO vllm\.EngineCore pid:\d+ .*init engine", text)
+    assert re.search(r" INFO vllm\.Worker pid:\d+ ", text)
 
 
 def test_terminate_leaves_nothing(serving: Cluster) -> None:

@@ -13,6 +13,7 @@ import sys
 from typing import Any
 
 from ..engine import preload
+from . import engine_log
 
 # What xoscar runs in the process of a model.
 SUB_POOL = "start_sub_pool"
@@ -34,6 +35,7 @@ def departing(model: Any, method: str, path: str) -> tuple[Any, ...]:
 def _arrive(method: str, path: str, module: str, name: str, state: bytes) -> Any:
     in_model_process = SUB_POOL in sys.argv
     if in_model_process:
+        engine_log.include_our_loggers()
         preload.start_zygote(method, path)
     collects = gc.isenabled()
     gc.disable()  # a fourth of the time of the imports, and nothing found

@@ -1,4 +1,4 @@
-"""vLLM's lines in Xinference's log file, beside the console that has them anyway.
+"""vLLM's lines, and ours, where Xinference's are: in its log file, and ours on its console.
 
 Xinference gives its processes a file handler, but engine processes only print, and vLLM when it is imported takes
 that handler off its logger.
@@ -17,6 +17,11 @@ _PREFIX = re.compile(
     r"(?:(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL) [\d-]+ [\d:.]+ (?=\[))?"
 )
 _UNFINISHED = re.compile(r"(?<!\d)(?!100%)\d+%(?: Completed ?)?\|")  # a progress bar, of which the end is enough
+
+
+def include_our_loggers() -> None:
+    """Let what this package logs reach Xinference's console too, which drops what is not named after Xinference."""
+    logging.getLogger(__package__.partition(".")[0]).parent = logging.getLogger("xinference")
 
 
 def include_vllm_logger() -> None:
