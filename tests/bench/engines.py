@@ -135,16 +135,22 @@ class Bench:
 
     async def memory(self) -> int:
         """Private bytes (USS) of the processes of an engine that starts beside those that run; it is stopped."""
+        import psutil
+
         await self.keep(1)
-        taken = sum(_private(process["pid"]) for process in self._running[-1].processes())
+        pids = [process["pid"] for process in self._running[-1].processes()]
+        taken = sum(psutil.Process(pid).memory_full_info().uss for pid in pids)
         await asyncio.to_thread(self._running.pop().stop, 0)
         return taken
 
-    async def zygote_memory(self) -> int:
-        """Private bytes of the zygote."""
+    async def zygote_memory(self) -> tuple[int, int]:
+        """Private and resident bytes of the zygote; the difference it shares with its children."""
+        import psutil
+
         from xinf_vllm_backend.engine import preload
 
-        return _private(preload.zygote_pid())
+        memory = psutil.Process(preload.zygote_pid()).memory_full_info()
+        return memory.uss, memory.rss
 
     async def throughput(self) -> float:
         """Tokens per second of the one engine that runs, for greedy requests that come all at once."""
@@ -215,12 +221,6 @@ async def _answer(member: EngineMember, tokens: int, prompt: str = "a") -> None:
     parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     async for _ in member.generate(prompt, parameters, uuid.uuid4().hex):
         pass
-
-
-def _private(pid: int | None) -> int:
-    import psutil
-
-    return int(psutil.Process(pid).memory_full_info().uss)
 
 
 async def _serve(method: str, model: str, answers: IO[str]) -> None:

@@ -100,19 +100,28 @@ _COLOURS = {"stock": "#9aa0a6", "spawn": "#6c8ebf", "zygote": "#d9822b"}
 _PHASES = ("#c7ccd1", "#6c8ebf", "#b5cde8", "#d9822b", "#f2c18d", "#7aa874", "#5b5b5b")
 
 
-def plot(path: Path, samples: Samples, phases: Sequence[str], counts: Sequence[int], sizes: Sequence[int]) -> bool:
-    """Draw those panels that there are samples for; False if there are none."""
+def plot(
+    path: Path, samples: Samples, launch: str, phases: Sequence[str], counts: Sequence[int], sizes: Sequence[int]
+) -> bool:
+    """Draw those panels that there are samples for; False if there are none.
+
+    Args:
+        path: the file to write.
+        samples: for ``launch``, its ``phases`` ("LAUNCH: PHASE"), and by the names below.
+        counts: of engines (see :func:`engines_name`).
+        sizes: in bytes (see :func:`payload_name`).
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     panels: list[Any] = []
-    if samples.of(phases[0], "stock"):
-        panels.append((1.5, lambda axes: _draw_launch(axes, samples, phases)))
-    if samples.of(_engines(counts[0]), "spawn"):
+    if samples.of(launch, "stock") and samples.of(launch, "ours"):
+        panels.append((1.5, lambda axes: _draw_launch(axes, samples, launch, phases)))
+    if all(samples.of(engines_name(counts[-1]), who) for who in ("spawn", "zygote")):
         panels.append((1.0, lambda axes: _draw_engines(axes, samples, counts)))
-    if samples.of(_payload(sizes[0]), "stock"):
+    if samples.of(payload_name(sizes[-1]), "zygote"):
         panels.append((1.2, lambda axes: _draw_payload(axes, samples, sizes)))
     if not panels:
         return False
@@ -129,26 +138,23 @@ def plot(path: Path, samples: Samples, phases: Sequence[str], counts: Sequence[i
     return True
 
 
-def _engines(count: int) -> str:
+def engines_name(count: int) -> str:
     return f"start of {count} engines" if count > 1 else "start of 1 engine"
 
 
-def _payload(size: int) -> str:
+def payload_name(size: int) -> str:
     return f"{size >> 10} KiB" if size < 1 << 20 else f"{size >> 20} MiB"
 
 
-engines_name, payload_name = _engines, _payload
-
-
-def _draw_launch(axes: Any, samples: Samples, phases: Sequence[str]) -> None:
+def _draw_launch(axes: Any, samples: Samples, launch: str, phases: Sequence[str]) -> None:
     sides = ("stock", "ours")
     done = [0.0, 0.0]
     for phase, colour in zip(phases, _PHASES, strict=True):
-        taken = [samples.median(phase, side) for side in sides]
+        taken = [samples.median(f"{launch}: {phase}", side) for side in sides]
         axes.bar(sides, taken, 0.55, bottom=done, color=colour, label=phase)
         done = [a + b for a, b in zip(done, taken, strict=True)]
-    for index, whole in enumerate(done):
-        axes.text(index, whole, f"{whole:.1f} s", ha="center", va="bottom")
+    for index, side in enumerate(sides):
+        axes.text(index, done[index], f"{samples.median(launch, side):.1f} s", ha="center", va="bottom")
     axes.set_title("Launch to first answer, by phase")
     axes.set_ylabel("seconds")
     handles, labels = axes.get_legend_handles_labels()
@@ -158,8 +164,8 @@ def _draw_launch(axes: Any, samples: Samples, phases: Sequence[str]) -> None:
 def _draw_engines(axes: Any, samples: Samples, counts: Sequence[int]) -> None:
     for shift, who in ((-0.2, "spawn"), (0.2, "zygote")):
         places = [index + shift for index in range(len(counts))]
-        middles = [samples.median(_engines(count), who) for count in counts]
-        spread = list(zip(*(samples.around(_engines(count), who) for count in counts), strict=True))
+        middles = [samples.median(engines_name(count), who) for count in counts]
+        spread = list(zip(*(samples.around(engines_name(count), who) for count in counts), strict=True))
         axes.bar(places, middles, 0.38, yerr=spread, color=_COLOURS[who], ecolor="#444444", label=who)
         for place, middle, above in zip(places, middles, spread[1], strict=True):
             axes.text(place, middle + above, digits(middle), ha="center", va="bottom", fontsize=9)
@@ -173,15 +179,15 @@ def _draw_engines(axes: Any, samples: Samples, counts: Sequence[int]) -> None:
 def _draw_payload(axes: Any, samples: Samples, sizes: Sequence[int]) -> None:
     kib = [size / 1024 for size in sizes]
     for who, name in (("stock", "multiprocessing's spawn"), ("spawn", "our spawn"), ("zygote", "zygote")):
-        middles = [samples.median(_payload(size), who) * 1000 for size in sizes]
+        middles = [samples.median(payload_name(size), who) * 1000 for size in sizes]
         spread = [
             [side * 1000 for side in ends]
-            for ends in zip(*(samples.around(_payload(size), who) for size in sizes), strict=True)
+            for ends in zip(*(samples.around(payload_name(size), who) for size in sizes), strict=True)
         ]
         axes.errorbar(kib, middles, yerr=spread, color=_COLOURS[who], marker="o", markersize=4, capsize=2, label=name)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xticks(kib, [_payload(size) for size in sizes])
+    axes.set_xticks(kib, [payload_name(size) for size in sizes])
     axes.minorticks_off()
     axes.set_xlabel("size of the arguments")
     axes.set_ylabel("milliseconds")

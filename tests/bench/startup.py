@@ -34,7 +34,8 @@ PARTS = ("launch", "first", "engines", "payload", "memory", "throughput")
 
 LAUNCH, FIRST = "launch to first answer", "the first launch ever of an architecture"
 RESTART, FOUR_TO_ONE = "restart to first answer", "4 engines / 1 engine"
-MEMORY, WITHOUT_CACHE = "each further engine", "the same without its KV cache"
+MEMORY, WITHOUT_CACHE = "private memory, each further engine", "the same without its KV cache"
+ZYGOTE, ZYGOTE_RESIDENT = "private memory, zygote", "resident memory, zygote"
 THROUGHPUT = f"{REQUESTS} requests x {TOKENS} tokens, greedy"
 
 NOTES = f"""\
@@ -100,7 +101,8 @@ def measure_memory(samples: Samples, both: list[Engines], rounds: int) -> None:
             samples.add(MEMORY, engines.method, taken)
             samples.add(WITHOUT_CACHE, engines.method, taken - KV_CACHE)
         if engines.method == "zygote":
-            samples.add("zygote's memory", "zygote", engines.tell("zygote_memory"))
+            for what, taken in zip((ZYGOTE, ZYGOTE_RESIDENT), engines.tell("zygote_memory"), strict=True):
+                samples.add(what, "zygote", taken)
         engines.tell("stop")
 
 
@@ -139,8 +141,8 @@ def markdown(samples: Samples) -> str:
         engines.row(samples, report.engines_name(count), "s", aim)
     engines.row(samples, FOUR_TO_ONE, "", "<= 1.5 for zygote")
     engines.row(samples, RESTART, "s")
-    engines.row(samples, MEMORY, "MiB", "<= 0.5", f"private memory, {MEMORY}", scale=1 << 20)
-    engines.row(samples, WITHOUT_CACHE, "MiB", name=f"private memory, {WITHOUT_CACHE}", scale=1 << 20)
+    engines.row(samples, MEMORY, "MiB", "<= 0.5", scale=1 << 20)
+    engines.row(samples, WITHOUT_CACHE, "MiB", scale=1 << 20)
     engines.row(samples, THROUGHPUT, "tokens/s", ">= 0.98")
     payload = Table(
         "`Process.start()` by the size of the arguments, for a target whose module imports torch",
@@ -152,8 +154,12 @@ def markdown(samples: Samples) -> str:
         payload.row(samples, report.payload_name(size), "ms", name=report.payload_name(size), scale=0.001)
     text = [table.markdown() for table in tables[:2]] + [_our_phases(samples)]
     text += [table.markdown() for table in (tables[2], engines)]
-    if alone := samples.of("zygote's memory", "zygote"):
-        text.append(f"The zygote itself has {report.figure([value / (1 << 20) for value in alone], 'MiB')}.\n")
+    if samples.of(ZYGOTE, "zygote"):
+        private, resident = (samples.median(what, "zygote") / (1 << 20) for what in (ZYGOTE, ZYGOTE_RESIDENT))
+        text.append(
+            f"The zygote itself, one for each model process, has {private:.0f} MiB private memory; it shares the rest "
+            f"of its {resident:.0f} MiB with its engines.\n"
+        )
     return "\n".join(part for part in (*text, payload.markdown()) if part)
 
 
@@ -205,8 +211,9 @@ def main(rounds: int, first_rounds: int, throughput_rounds: int, only: str, docs
         model = make_tiny_model(Path(stack.enter_context(tempfile.TemporaryDirectory())))
         if parts & {"launch", "first"}:
             attempt(measure_launches, model, rounds * ("launch" in parts), first_rounds * ("first" in parts))
-        if parts - {"launch", "first"}:
-            both = [stack.enter_context(Engines(method, model)) for method in ("spawn", "zygote")]
+        if alone := parts - {"launch", "first"}:
+            methods = ("zygote",) if alone == {"payload"} else ("spawn", "zygote")
+            both = [stack.enter_context(Engines(method, model)) for method in methods]
             for engines in both:
                 _say(f"{engines.method}: an engine that is not counted")
                 engines.tell("warm_up")
@@ -219,11 +226,12 @@ def main(rounds: int, first_rounds: int, throughput_rounds: int, only: str, docs
             if "throughput" in parts:
                 attempt(measure_throughput, both, throughput_rounds)
     docs.mkdir(exist_ok=True)
-    phases = [f"{LAUNCH}: {phase}" for phase in (*PHASES, TO_ANSWER)]
-    drawn = report.plot(docs / "startup.png", samples, phases, COUNTS, SIZES)
+    drawn = report.plot(docs / "startup.png", samples, LAUNCH, (*PHASES, TO_ANSWER), COUNTS, SIZES)
     tables = markdown(samples)
-    plot = "![launch by phase, engine start, Process.start() by size of the arguments](startup.png)\n" if drawn else ""
+    plot = "![Launch by phase, engine start, and Process.start()](startup.png)\n" if drawn else ""
     arguments = f" --rounds {rounds} --first-rounds {first_rounds} --throughput-rounds {throughput_rounds}"
+    if parts != set(PARTS):
+        arguments += f" --only {only}"
     page = "\n".join(filter(None, [_machine(arguments), NOTES, plot, tables]))
     report.write_page(docs / "startup.md", page)
     click.echo(tables)

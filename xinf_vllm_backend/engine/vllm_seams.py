@@ -184,7 +184,8 @@ def starts_from(context: EngineContext, when_spawned: Callable[[], None] = lambd
     context_token = _of_this_thread.set(context)
     spawned_token = _when_spawned.set(when_spawned)
     try:
-        with changed(**(SPAWN | context.environment)):
+        # LD_PRELOAD from the beginning: the inspection of the model comes before vLLM sets it.
+        with changed(**(SPAWN | linked_first() | context.environment)):
             yield
     finally:
         _of_this_thread.reset(context_token)
