@@ -246,7 +246,9 @@ def linked_first() -> dict[str, str]:
 
 
 def _library(package: str, directory: str, pattern: str) -> str | None:
-    spec = importlib.util.find_spec(package)
+    spec = None
+    with contextlib.suppress(ImportError):
+        spec = importlib.util.find_spec(package)
     for place in (spec and spec.submodule_search_locations) or ():
         for path in Path(os.path.normpath(os.path.join(place, directory))).glob(pattern):
             return str(path)
