@@ -29,6 +29,7 @@ class Gate:
 
     def wait_until_reached(self) -> None:
         assert select.select([self._reached], [], [], self._timeout)[0], "the import did not begin"
+        os.read(self._reached, 1)
 
     def open(self) -> None:
         os.write(self._gate, b"1")

@@ -7,12 +7,13 @@ import importlib
 import os
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import blocking_at_import
+
+_kept: list[object] = []
 
 
 def modules(*names: str) -> None:
@@ -39,10 +40,11 @@ def and_die(attempts: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def a_process_that_ends_when_told(pid_file: Path) -> None:
+def a_process(pid_file: Path) -> None:
     """Leave a process behind that nobody waits for, as some libraries do."""
-    process = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+    process = subprocess.Popen(["cat"], stdin=subprocess.PIPE)  # ends with us
     pid_file.write_text(str(process.pid))
+    _kept.append(process)
 
 
 def _count(attempts: Path) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xinf_vllm_backend.process.output import ChildOutput
@@ -41,6 +44,18 @@ def told(context: EngineContext, target: Callable[..., None], *arguments: Any) -
     near.close()
     assert exit_code(process) == 0
     return answer
+
+
+def run_alone(call: str) -> subprocess.CompletedProcess[str]:
+    """Run a call of one of the targets in a process that multiprocessing did not make, and has its own tracker."""
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    return subprocess.run(
+        [sys.executable, "-c", f"import process_targets; process_targets.{call}"],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
 
 
 def receive(end: Connection) -> Any:

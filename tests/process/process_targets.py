@@ -16,16 +16,20 @@ import signal
 import struct
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing import shared_memory
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from process_helpers import exit_code, is_announced
+import psutil
+from process_helpers import TIMEOUT, becomes, exit_code, is_announced, receive
 
 from xinf_vllm_backend.process import bootstrap
-from xinf_vllm_backend.process.context import EngineContext, EngineProcess
+from xinf_vllm_backend.process.bootstrap import Family
+from xinf_vllm_backend.process.context import EngineContext, EngineProcess, FindZygote
+from xinf_vllm_backend.process.leftovers import Leftovers
+from xinf_vllm_backend.process.output import OutputTail
 from xinf_vllm_backend.process.zygote import Zygote
 
 _initialized = False
@@ -94,7 +98,7 @@ def tell_state(end: Connection) -> None:
             "wakeup": wakeup,
             "garbage collection": (gc.isenabled(), gc.get_threshold()),
             "CPUs": os.sched_getaffinity(0),
-            "files": sorted(kind_of_file(fd) for fd in os.listdir("/proc/self/fd")),
+            "files": sorted(kind for fd in os.listdir("/proc/self/fd") if (kind := kind_of_file(fd)) != os.devnull),
             "stdin": os.readlink("/proc/self/fd/0"),
             "threads": sorted(thread.name for thread in threading.enumerate()),
             "name": multiprocessing.current_process().name,
@@ -114,7 +118,7 @@ def kind_of_file(fd: str) -> str:
         return ""
 
 
-def tell_parent(end: Connection) -> None:
+def tell_parent(end: Connection, *others: Connection) -> None:
     end.send((os.getpid(), os.getppid()))
 
 
@@ -143,19 +147,31 @@ def tell_of_a_child(end: Connection, target: Callable[..., None], *arguments: An
     exit_code(started_by_child(target, end, *arguments))
 
 
-def tell_whether_a_second_child_starts(end: Connection, grandchild_end: Connection, question: str) -> None:
-    """Tell it while the first one, whose output nobody reads, is awaited by the thread that announces its end."""
-    first = started_by_child(echo_after_pid, grandchild_end)
-    grandchild_end.close()
-    end.send("the first one was started")
+def tell_parent_of_a_child_when_asked(end: Connection) -> None:
+    end.send("ready")
     end.recv()
-    {"is_alive": first.is_alive, "start": lambda: started_by_child(do_nothing).join()}[question]()
-    end.send("done")
-    echo(end)
+    tell_of_a_child(end, tell_parent)
+
+
+def do_while_a_child_runs(end: Connection, child_end: Connection, question: str) -> None:
+    """While a thread of ours awaits a child, whose output nobody reads: start another one, or ask after it."""
+    child = started_by_child(echo, child_end)
+    child_end.close()
+    assert becomes(lambda: any(thread.name == f"{child.name}-exit" for thread in threading.enumerate()))
+    end.send("asking")
+    end.recv()
+    {"is_alive": child.is_alive, "exitcode": lambda: child.exitcode, "start": lambda: started_by_child(do_nothing)}[
+        question
+    ]()
+    end.send("answered")
+
+
+def write(path: Path) -> None:
+    path.write_text("written")
 
 
 def write_at_exit(path: Path) -> None:
-    atexit.register(path.write_text, "written")
+    atexit.register(write, path)
 
 
 # -- targets that end
@@ -248,14 +264,53 @@ def use_all_in_a_child(*arguments: Any) -> None:
 
 
 def hold(end: Connection, mark: str) -> None:
-    """Have what bears ``mark`` in shared memory, say so, and answer; ends without removing it when killed."""
+    """Have a segment of shared memory and a lock, tell what bears ``mark``, and answer; cleans up unless killed."""
     segment = shared_memory.SharedMemory(create=True, size=16)
     lock = multiprocessing.get_context("spawn").Lock()
-    end.send(sorted(name for name in os.listdir("/dev/shm") if mark in name))
+    end.send(marked(mark))
     echo(end)
     segment.close()
     segment.unlink()
     del lock
+
+
+def marked(mark: str) -> list[str]:
+    return sorted(name for name in os.listdir("/dev/shm") if mark in name)
+
+
+def own_leftovers(end: Connection) -> None:
+    leftovers = Leftovers()
+    holder = Holder(leftovers)
+    end.send((leftovers.mark, leftovers.directory, holder.names))
+    echo(end)
+
+
+def kill_a_holder_of_leftovers() -> None:
+    leftovers = Leftovers()
+    holder = Holder(leftovers)
+    holder.kill()
+    assert marked(leftovers.mark) == holder.names
+    leftovers.remove(TIMEOUT)
+    assert marked(leftovers.mark) == []
+
+
+class Holder:
+    """A process of an engine with these ``leftovers``, told to :func:`hold`."""
+
+    def __init__(self, leftovers: Leftovers, find_zygote: FindZygote | None = None) -> None:
+        family = Family(mark=leftovers.mark, alive=leftovers.alive)
+        self._context = EngineContext({}, tail=OutputTail(), family=family, find_zygote=find_zygote)
+        self.end, far = multiprocessing.Pipe()
+        self._process = self._context.Process(target=hold, args=(far, leftovers.mark))
+        self._process.start()
+        far.close()
+        self.names: list[str] = receive(self.end)
+
+    def kill(self) -> None:
+        self._process.kill()
+        assert exit_code(self._process) == -signal.SIGKILL
+        self._context.await_output(TIMEOUT)
+        self.end.close()
 
 
 # -- families: owner -> child -> grandchild
@@ -268,10 +323,13 @@ def started_by_child(target: Callable[..., None], *arguments: Any) -> EngineProc
     return process
 
 
-def own(end: Connection, behaviour: Callable[..., None], arguments: tuple[Any, ...], stop_child: bool) -> None:
+def own(
+    end: Connection, behaviour: Callable[..., None], arguments: tuple[Any, ...], stop_child: bool, forked: bool
+) -> None:
     """Be an engine's owner: start a child that does ``behaviour``, say so and answer."""
-    child = EngineContext({}, own_children_are_bound_too).Process(target=behaviour, args=arguments)
+    child = owned_context({}, forked).Process(target=behaviour, args=arguments)
     child.start()
+    assert forked == (psutil.Process(child.pid).ppid() != os.getpid())
     for argument in arguments:
         if isinstance(argument, Connection):
             argument.close()  # from here on only the descendants hold it
@@ -282,47 +340,18 @@ def own(end: Connection, behaviour: Callable[..., None], arguments: tuple[Any, .
     echo(end)
 
 
-def own_a_zygote(end: Connection, behaviour: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    """Like :func:`own`, by a zygote; tells the pid of that."""
-    zygote = make_zygote()
-    context = EngineContext({}, own_children_are_bound_too, find_zygote=zygote.client)
-    context.Process(target=behaviour, args=arguments).start()
-    for argument in arguments:
-        if isinstance(argument, Connection):
-            argument.close()
-    end.send(zygote.pid)
-    echo(end)
-
-
-def own_a_zygote_that_preloads(end: Connection, preload: Callable[[], None]) -> None:
+def own_a_zygote(end: Connection, preload: Callable[[], None]) -> None:
     end.send(make_zygote(preload).pid)
     echo(end)
 
 
-def own_a_zygote_and_die_at_once(target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    context = EngineContext({}, own_children_are_bound_too, find_zygote=make_zygote().client)
-    context.Process(target=target, args=arguments).start()
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def own_a_zygote_and_just_end() -> None:
-    EngineContext({}, find_zygote=make_zygote().client).Process(target=do_nothing).start()
-
-
-def own_a_zygote_and_tell_files_with_one_closed(end: Connection, closed: int) -> None:
-    """Tell the stdout and stderr of a child made after ``closed`` was, one of them."""
+def own_a_zygote_and_just_end(stop_it: bool) -> None:
     zygote = make_zygote()
-    context = EngineContext({}, find_zygote=zygote.client)
-
-    def ask(target: Callable[..., None], *arguments: Any) -> None:
-        process = context.Process(target=target, args=(end, *arguments))
-        process.start()
-        exit_code(process)
-
-    ask(tell_parent)
-    os.close(closed)
-    ask(tell_files, 1, 2)
-    zygote.stop()
+    process = EngineContext({}, find_zygote=zygote.client).Process(target=do_nothing)
+    process.start()
+    exit_code(process)
+    if stop_it:
+        stop(zygote.pid)
 
 
 def make_zygote(preload: Callable[[], None] = do_nothing) -> Zygote:
@@ -331,16 +360,25 @@ def make_zygote(preload: Callable[[], None] = do_nothing) -> Zygote:
     return zygote
 
 
-def own_and_die_at_once(target: Callable[..., None], arguments: tuple[Any, ...], environment: dict[str, str]) -> None:
-    EngineContext(environment, own_children_are_bound_too).Process(target=target, args=arguments).start()
+def own_and_die_at_once(
+    target: Callable[..., None], arguments: tuple[Any, ...], environment: Mapping[str, str], forked: bool
+) -> None:
+    owned_context(environment, forked).Process(target=target, args=arguments).start()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def owned_context(environment: Mapping[str, str], forked: bool) -> EngineContext:
+    """A context whose children, and theirs, are spawned or forked from a zygote of this process."""
+    find_zygote = make_zygote().client if forked else None
+    return EngineContext(environment, own_children_are_bound_too, find_zygote=find_zygote)
+
+
 def stop(pid: int | None) -> None:
-    """SIGSTOP a child of this process; returns when it is stopped."""
+    """SIGSTOP a process, whosever child it is; returns when it is stopped."""
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
-    os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
+    process = psutil.Process(pid)
+    assert becomes(lambda: process.status() == psutil.STATUS_STOPPED)
 
 
 def live(end: Connection, grandchild_end: Connection) -> None:
@@ -392,3 +430,22 @@ def live_with_printing_orphan(end: Connection, orphan_end: Connection) -> None:
 
 def print_one_message(end: Connection) -> None:
     print(end.recv(), flush=True)
+
+
+# -- numeric libraries
+
+
+def tell_blas_threads(end: Connection) -> None:
+    import threadpoolctl
+
+    end.send({library["num_threads"] for library in threadpoolctl.threadpool_info() if library["user_api"] == "blas"})
+
+
+def tell_torch_threads(end: Connection) -> None:
+    """Tell how many threads torch uses, and the CPUs of each: ours, then those of OpenMP, which are the newest."""
+    import torch
+
+    torch.ones(1 << 20).add_(1)
+    count = torch.get_num_threads()
+    threads = sorted(map(int, os.listdir("/proc/self/task")))
+    end.send((count, [os.sched_getaffinity(thread) for thread in (0, *threads[len(threads) - count + 1 :])]))

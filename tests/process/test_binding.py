@@ -1,7 +1,8 @@
 """No engine process outlives the one that owns it.
 
-Every test has three generations, each made by the one before. Only a descendant holds the far end of its pipe, so that
-the end of the pipe proves its death, whoever is its parent by then::
+Every test has three generations, each started by the one before, and is run twice: with child and grandchild spawned,
+and with both forked from a zygote of the owner. Only a descendant holds the far end of its pipe, so that the end of the
+pipe proves its death, whoever is its parent by then::
 
     test ── Process ──> owner ── EngineContext ──> child ── EngineContext ──> grandchild
       │<── owner_end ─────┘                          │                            │
@@ -30,11 +31,11 @@ from xinf_vllm_backend.process.context import EngineContext
 class Family:
     """An owner, its child and its grandchild, of whom each can be asked and awaited."""
 
-    def __init__(self, behaviour: Callable[..., None] = targets.live, stop_child: bool = False) -> None:
+    def __init__(self, forked: bool, behaviour: Callable[..., None] = targets.live, stop_child: bool = False) -> None:
         self.owner_end, owner_far = Pipe()
         self.child_end, child_far = Pipe()
         self.grandchild_end, grandchild_far = Pipe()
-        arguments = (owner_far, behaviour, (child_far, grandchild_far), stop_child)
+        arguments = (owner_far, behaviour, (child_far, grandchild_far), stop_child, forked)
         self.owner = plain.Process(target=targets.own, args=arguments)
         self.owner.start()
         for far_end in (owner_far, child_far, grandchild_far):
@@ -50,12 +51,18 @@ class Family:
             end.close()
 
 
+@pytest.fixture(params=[False, True], ids=["spawned", "forked"])
+def forked(request: pytest.FixtureRequest) -> bool:
+    """Whether it is a zygote that makes child and grandchild."""
+    return bool(request.param)
+
+
 @pytest.fixture
-def family_of() -> Iterator[Callable[..., Family]]:
+def family_of(forked: bool) -> Iterator[Callable[..., Family]]:
     families: list[Family] = []
 
     def make(*args: Any, **kwargs: Any) -> Family:
-        families.append(Family(*args, **kwargs))
+        families.append(Family(forked, *args, **kwargs))
         return families[-1]
 
     yield make
@@ -130,18 +137,18 @@ class TestNobodyOutlivesTheOwner:
         family.owner.kill()
         assert family.descendants_are_gone()
 
-    def test_that_dies_as_soon_as_the_child_is_started(self) -> None:
+    def test_that_dies_as_soon_as_the_child_is_started(self, forked: bool) -> None:
         near, far = Pipe()
-        owner = plain.Process(target=targets.own_and_die_at_once, args=(targets.echo_after_pid, (far,), {}))
+        owner = plain.Process(target=targets.own_and_die_at_once, args=(targets.echo_after_pid, (far,), {}, forked))
         owner.start()
         far.close()
         assert is_closed(near)
         assert exit_code(owner) == -signal.SIGKILL
 
-    def test_that_dies_while_the_child_imports(self, tmp_path: Path) -> None:
+    def test_that_dies_while_the_child_imports(self, tmp_path: Path, forked: bool) -> None:
         gate = blocking_at_import.Gate(tmp_path, TIMEOUT)
         near, far = Pipe()
-        arguments = (blocking_at_import.tell_size, (far, b""), gate.environment)
+        arguments = (blocking_at_import.tell_size, (far, b""), gate.environment, forked)
         owner = plain.Process(target=targets.own_and_die_at_once, args=arguments)
         owner.start()
         far.close()

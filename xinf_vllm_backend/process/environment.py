@@ -21,7 +21,7 @@ def private(**variables: str) -> Iterator[None]:
     if not isinstance(os.environ, _Environment):
         # In place: others hold the object itself.
         os.environ.__class__ = _Environment
-    token = _changes.set(dict(variables))
+    token = _changes.set({**(_changes.get() or {}), **variables})
     try:
         yield
     finally:

@@ -39,10 +39,12 @@ class _EnginePopen(popen_fork.Popen):
             self.sentinel, self.alive = _pipe(stack)
             data = self._pickled(process)
             self.pid = self._make(child_r, self.alive)
+            os.close(child_r)  # before we write: into a pipe without a reader one does not write for ever
+            os.close(self.alive)
+            stack.pop_all()
+            stack.callback(_close_both, self.sentinel, parent_w)
             with open(parent_w, "wb", closefd=False) as child:
                 child.write(data)
-            os.close(child_r)
-            os.close(self.alive)
             stack.pop_all()
         # The child sees that we are gone when the last copy of parent_w is closed, and only we have it.
         self.finalizer = util.Finalize(self, _close_both, (self.sentinel, parent_w))

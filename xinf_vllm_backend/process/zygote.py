@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing import Pipe, parent_process, spawn
+from multiprocessing import Pipe, parent_process, spawn, util
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 
@@ -71,6 +71,9 @@ class ZygoteClient:
         Raises:
             ZygoteUnavailableError: the zygote refused, is gone, or did not answer within 60 s or until ``cancelled``.
         """
+        executable = os.fsdecode(spawn.get_executable())
+        if executable != sys.executable:  # numactl, say
+            raise ZygoteUnavailableError(f"it is to be run by {executable}")
         differing = self.frozen.items() ^ frozen(environment).items()
         if differing:
             names = ", ".join(sorted({name for name, _ in differing}))
@@ -122,6 +125,7 @@ class Zygote:
         self._client: ZygoteClient | None = None
         self._why_not: str | None = "it was not started"  # None: ask the client
         self._stopped = False
+        self._at_exit: util.Finalize | None = None
         self._watcher: threading.Thread | None = None
 
     def start(self) -> None:
@@ -131,6 +135,8 @@ class Zygote:
             OSError: there can be none.
         """
         ready = self._make(None)
+        # Or its end, which comes with ours, would be taken for an accident.
+        self._at_exit = util.Finalize(None, self.stop, exitpriority=0)
         self._watcher = threading.Thread(target=self._watch, args=(ready,), name="zygote-watch", daemon=True)
         self._watcher.start()
 
@@ -152,6 +158,8 @@ class Zygote:
 
     def stop(self) -> None:
         """End it, within 5 s; its children live on."""
+        if self._at_exit is not None:
+            self._at_exit.cancel()
         with self._lock:
             self._stopped = True
             process = self._process

@@ -1,0 +1,64 @@
+"""No orphans, whatever dies: a few of the kills that ``python -m tests.bench kills`` draws at random."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def kills() -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[2]))
+        yield importlib.import_module("tests.bench.kills")
+
+
+@pytest.fixture(scope="module")
+def owner(kills: Any, tiny_model: Path) -> Iterator[Any]:
+    """One for all: its imports take longer than the tests."""
+    with (
+        tempfile.TemporaryDirectory(dir="/tmp") as directory,  # a longer name would be none for sockets
+        kills.Owner(Path(directory) / "owner", tiny_model) as owner,
+    ):
+        owner.hear("imported", timeout=60)
+        yield owner
+
+
+@pytest.mark.parametrize(
+    ("phase", "victim"),
+    [("weights", "EngineCore"), ("warm-up", "Worker"), ("service", "Worker"), ("stop", "EngineCore")],
+)
+def test_an_engine_that_loses_a_process_leaves_nothing(kills: Any, owner: Any, phase: str, victim: str) -> None:
+    kill = kills.Kill(1, "TP=1", "zygote", phase, (victim,), loaded=phase == "service")
+    outcome = kills.carry_out(kill, owner, {})
+    assert outcome.faults == []
+    assert outcome.victim == victim
+    assert outcome.seconds < kills.BOUND
+
+
+def test_an_engine_outlives_its_zygote_but_not_its_model_process(kills: Any, owner: Any) -> None:
+    before = owner.files()
+    owner.tell("start", {}, "zygote", False)
+    owner.hear("ready", timeout=60)
+    text = owner.ask("answer")
+    zygote, _ = owner.ask("zygote")
+    os.kill(zygote, signal.SIGKILL)
+    assert text and owner.ask("answer") == text
+
+    os.kill(owner.pid, signal.SIGKILL)
+    killed = time.monotonic()
+    assert owner.exit_status(kills.BOUND) == -signal.SIGKILL
+    outcome = kills.Outcome()
+    kills.until_clean(outcome, owner, before, killed, alive=False)
+    assert outcome.faults == []
+    assert list(owner.processes()) == []
