@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
-from . import events, startup
+from . import events, kills, startup
 
-benchmarks = click.Group("bench", commands={"events": events.main, "startup": startup.main})
+benchmarks = click.Group("bench", commands={"events": events.main, "kills": kills.main, "startup": startup.main})
 
 if __name__ == "__main__":
     benchmarks()
