@@ -25,7 +25,7 @@ from . import bootstrap
 from .bootstrap import ChildSetup, Family
 from .exits import EXIT_REPORT, announce_exit
 from .output import ChildOutput, OutputTail
-from .popen import SpawnPopen, ZygotePopen
+from .popen import SpawnPopen, ZygotePopen, occupy_standard_streams
 from .tree import ProcessTree
 from .zygote import ZygoteClient, ZygoteUnavailableError
 
@@ -169,6 +169,7 @@ class EngineProcess(SpawnProcess):
         """Start the process; returns as soon as it runs, before it has imported anything."""
         assert "_context" in vars(self), "cannot start a process twice"
         context = self._context
+        occupy_standard_streams()
         with contextlib.ExitStack() as stack:
             output = readers = None
             family = replace(context.family, zygote=context.zygote(self.name))

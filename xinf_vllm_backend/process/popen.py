@@ -42,10 +42,10 @@ class _EnginePopen(popen_fork.Popen):
             os.close(child_r)  # before we write: into a pipe without a reader one does not write for ever
             os.close(self.alive)
             stack.pop_all()
-            stack.callback(_close_both, self.sentinel, parent_w)
-            with open(parent_w, "wb", closefd=False) as child:
-                child.write(data)
-            stack.pop_all()
+            # One that has ended already is told of by its exit code and its output.
+            with contextlib.suppress(BrokenPipeError), open(parent_w, "wb", buffering=0, closefd=False) as child:
+                while data:
+                    data = data[child.write(data) :]
         # The child sees that we are gone when the last copy of parent_w is closed, and only we have it.
         self.finalizer = util.Finalize(self, _close_both, (self.sentinel, parent_w))
 
@@ -139,7 +139,8 @@ class ZygotePopen(_EnginePopen):
 
     def poll(self, flag: int = os.WNOHANG) -> int | None:
         while self.returncode is None:
-            signs: list[Any] = [self.sentinel] if self._status is None else [self.sentinel, self._status]
+            status = self._status  # another thread may take it away
+            signs: list[Any] = [self.sentinel] if status is None else [self.sentinel, status]
             if not wait(signs, 0 if flag == os.WNOHANG else None):
                 break
             with self._poll_lock:  # not while one waits: others only look
@@ -168,6 +169,15 @@ def _pipe(stack: contextlib.ExitStack) -> tuple[int, int]:
     for end in ends:
         stack.callback(_close, end)
     return ends
+
+
+def occupy_standard_streams() -> None:
+    """Let no pipe take the number of a stream that is closed: a child would print into it."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
 
 
 def _close_both(*fds: int) -> None:

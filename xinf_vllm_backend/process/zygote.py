@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 ANSWER_TIMEOUT = 60.0  # seconds; the first request may find the zygote still importing
 POLL = 0.1  # seconds until one who waits for an answer sees that it was cancelled
 STOP_TIMEOUT = 5.0  # seconds
-MOST_DEATHS = 3  # in a row before it was ready: it will not get there
+SOON = 10.0  # seconds after which a zygote counts as one that works
+MOST_DEATHS = 3  # in a row of such as did not work
 MAX_FDS = 200  # the kernel passes at most 253 in one message
 
 # Read when the process starts or a library is loaded, by the linker, the C library, OpenMP or BLAS, and never again.
@@ -82,10 +83,9 @@ class ZygoteClient:
             raise ZygoteUnavailableError(f"{len(fds)} file descriptors cannot be passed to it")
         status, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            with theirs, contextlib.ExitStack() as stack:
-                streams = [_stream(fd, stack) for fd in (1, 2)]
+            with theirs:
                 message = [pickle.dumps(os.sched_getaffinity(0))]
-                passed = [theirs.fileno(), data, alive, *streams, *fds]
+                passed = [theirs.fileno(), data, alive, 1, 2, *fds]
                 socket.send_fds(self.requests, message, passed, socket.MSG_DONTWAIT)
             deadline = time.monotonic() + ANSWER_TIMEOUT
             while not wait([status], POLL):
@@ -186,19 +186,22 @@ class Zygote:
         return ready
 
     def _watch(self, ready: Connection | None) -> None:
-        never_ready = 0
+        early = 0
         while ready is not None:
             process = self._process
             assert process is not None
-            never_ready = 0 if self._is_ready(ready) else never_ready + 1
+            made = time.monotonic()
+            is_ready = self._is_ready(ready)
             process.join()
+            too_soon = not is_ready or time.monotonic() - made < SOON
+            early = early + 1 if too_soon else 0
             with self._lock:
                 if self._stopped:
                     return
                 self._withdraw("it has ended")
             logger.warning("The zygote (pid %s) ended with %s", process.pid, process.exitcode)
-            if never_ready >= MOST_DEATHS:
-                logger.warning("No further zygote is made: %d ended before they were ready", never_ready)
+            if early >= MOST_DEATHS:
+                logger.warning("No further zygote is made: the last %d ended too early", early)
                 return
             try:
                 ready = self._make("it is being replaced")
@@ -374,13 +377,3 @@ def _name(title: str) -> None:
 def _tell(asker: socket.socket, message: str) -> None:
     with contextlib.suppress(OSError):  # it is gone, and needs no answer
         asker.send(message.encode()[:4000], socket.MSG_DONTWAIT)
-
-
-def _stream(fd: int, stack: contextlib.ExitStack) -> int:
-    """``fd``, or the null device where it is closed."""
-    try:
-        os.fstat(fd)
-    except OSError:
-        fd = os.open(os.devnull, os.O_WRONLY)
-        stack.callback(os.close, fd)
-    return fd
