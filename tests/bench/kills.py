@@ -139,7 +139,7 @@ def _draw_one(rng: random.Random, number: int) -> Kill:
     if part == "start":
         longest = STARTING[phase][1] * (30 if method == "spawn" else 1)
     else:
-        longest = 0.5 if part == SERVICE or early < 0.5 else 3.0
+        longest = 0.5 if part == SERVICE or early < 0.5 else 1.5
     return Kill(
         number=number,
         deployment=deployment,

@@ -101,6 +101,7 @@ class Owner:
 
     def _ended(self, name: str, reason: str, number: int, exits: bool) -> None:
         if exits:
+            sys.stderr.write(f"{name}: {reason}\n")
             os._exit(EXIT_STATUS)
         self._say(name, reason, number)
 

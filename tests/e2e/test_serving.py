@@ -15,7 +15,7 @@ import httpx
 import openai
 import pytest
 
-from xinf_vllm_backend.demo.cluster import Cluster, wait_until
+from xinf_vllm_backend.demo.cluster import Cluster, title, wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -50,13 +50,12 @@ def test_our_classes_run_it_and_nothing_shown_of_engines_changes(serving: Cluste
     assert shown.returncode == 0 and "vLLM" in shown.stdout + shown.stderr
 
 
-def test_the_engine_children_are_spawned_and_the_model_process_keeps_its_environment(serving: Cluster) -> None:
+def test_the_engine_children_are_forked_from_the_zygote_and_not_from_the_model_process(serving: Cluster) -> None:
     (model,) = serving.model_processes()
     assert "VLLM_WORKER_MULTIPROC_METHOD" not in model.environ()
-    for process in serving.engine_processes():
-        # A forked child would show its parent's program; a spawned one was started as an interpreter of its own.
-        assert process.ppid() in {model.pid, *(p.pid for p in serving.engine_processes("EngineCore"))}
-        assert process.environ().get("VLLM_WORKER_MULTIPROC_METHOD") in (None, "spawn")
+    (zygote,) = [process for process in model.children() if title(process) == "xinf-vllm zygote"]
+    assert zygote.num_threads() == 1
+    assert [process.ppid() for process in serving.engine_processes()] == [zygote.pid] * 2
 
 
 def test_chat_and_completion_stream_what_they_answer_at_once(client: openai.OpenAI) -> None:
