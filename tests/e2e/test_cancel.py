@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import httpx
@@ -41,8 +42,16 @@ def test_a_cancelled_launch_leaves_nothing_and_does_not_come_back(cluster: Clust
     assert uid not in cluster.client().list_models()
 
 
+def marked() -> set[Path]:
+    """What engines have in shared memory and in the directory for temporary files."""
+    return {path for place in ("/dev/shm", tempfile.gettempdir()) for path in Path(place).glob("*xvllm*")}
+
+
 def test_a_stopped_cluster_leaves_nothing_of_a_launch_under_way(tmp_path: Path) -> None:
+    before = marked()
     with Cluster() as cluster:
         cluster.register(model_registration("tiny", make_tiny_model(tmp_path / "tiny")))
         launch_up_to(cluster, Phase.WEIGHTS, "loading")
+        assert marked() - before
         assert cluster.stop() == []
+        wait_until(lambda: not marked() - before, GONE, "files to be removed")

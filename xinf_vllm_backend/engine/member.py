@@ -234,6 +234,8 @@ class EngineMember:
         self._woken.set()
         self._context.seal()
         with self._stop_lock:
+            if self.is_dead():  # what is left of it would use up the time
+                self._context.tree.kill(KILL_TIMEOUT)
             if self._engine is not None and timeout > 0:
                 shutdown = threading.Thread(target=self._engine.shutdown, name="vllm-engine-shutdown", daemon=True)
                 shutdown.start()

@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 
 SHARED_MEMORY = "/dev/shm"
 LONGEST_BASE = 50  # characters: the name of a socket has at most 107, of which the mark and a UUID take 52
-_JANITOR = 'read -r _; rm -rf -- "$1" "$2"/*"$3"*'
+# Whoever stops a whole service tells each of its processes to go; this one goes when the others have.
+_JANITOR = 'trap "" TERM INT HUP; read -r _; rm -rf -- "$1" "$2"/*"$3"*'
 
 
 class Leftovers:

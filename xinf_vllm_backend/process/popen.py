@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Mapping
 from multiprocessing import popen_fork, popen_spawn_posix, reduction, resource_tracker, spawn, util
 from multiprocessing.connection import wait
@@ -127,6 +128,7 @@ class ZygotePopen(_EnginePopen):
         self._cancelled = cancelled
         self._status: socket.socket | None = None
         self._poll_lock = threading.Lock()
+        self._told_by: float | None = None
         super().__init__(process, environment)
 
     def duplicate_for_child(self, fd: int) -> int:
@@ -141,19 +143,26 @@ class ZygotePopen(_EnginePopen):
         while self.returncode is None:
             status = self._status  # another thread may take it away
             signs: list[Any] = [self.sentinel] if status is None else [self.sentinel, status]
-            if not wait(signs, 0 if flag == os.WNOHANG else None):
+            ready = wait(signs, 0 if flag == os.WNOHANG else None)
+            if not ready or (status is not None and status not in ready and not self._is_told(status, flag)):
                 break
             with self._poll_lock:  # not while one waits: others only look
                 if self.returncode is None:
                     self.returncode = self._exit_code()
         return self.returncode
 
+    def _is_told(self, status: socket.socket, flag: int) -> bool:
+        """Whether the zygote has said how the process ended, which has closed its files, or will not any more."""
+        if self._told_by is None:
+            self._told_by = time.monotonic() + STATUS_TIMEOUT
+        left = max(0.0, self._told_by - time.monotonic())
+        return bool(wait([status], 0 if flag == os.WNOHANG else left)) or flag != os.WNOHANG or not left
+
     def _exit_code(self) -> int | None:
         """What the zygote says of the process; None if only the zygote has ended."""
         if self._status is not None:
-            with contextlib.suppress(OSError):  # a time-out is one
-                self._status.settimeout(STATUS_TIMEOUT)
-                if message := self._status.recv(64):
+            with contextlib.suppress(OSError):  # it has said nothing
+                if message := self._status.recv(64, socket.MSG_DONTWAIT):
                     return int(message)
             self._status = None
         return STATUS_UNKNOWN if wait([self.sentinel], 0) else None
