@@ -81,6 +81,7 @@ class EngineMember:
             self._tail,
             self._report,
             find_zygote=lambda: preload.zygote_client(settings.engine_start_method),
+            own=vllm_seams.own_ports,
         )
 
     def __getattr__(self, name: str) -> Any:

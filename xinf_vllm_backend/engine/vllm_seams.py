@@ -29,7 +29,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from ..errors import BackendError, BadRequestError, UnsupportedVersionError
-from ..process import bootstrap, environment
+from ..process import bootstrap, environment, ports
 from ..process.context import EngineContext
 from . import diagnosis
 
@@ -204,7 +204,7 @@ def start_method() -> str | None:
 def prepare_child() -> None:
     """Called in each engine child before its target: its own children come from a context like its own."""
     global _of_this_process
-    _of_this_process = EngineContext(SPAWN, prepare_child)
+    _of_this_process = EngineContext(SPAWN, prepare_child)  # whose children look for ports where this one does
     _install_context()
     if bootstrap.family().mark:
         SHARED_MEMORY.wrap(functools.partial(_marked, bootstrap.family().mark))
@@ -286,6 +286,14 @@ def devices(engine_args: Any, wanted: str) -> list[str]:
         ranks *= getattr(engine_args, size, None) or 1
     visible = os.environ.get(current_platform.device_control_env_var)
     return (visible.split(",") if visible else [str(rank) for rank in range(ranks)])[:ranks]
+
+
+def own_ports() -> dict[str, str]:
+    """The variable that keeps an engine's process from finding the same free port as another's, unless it was given.
+
+    EngineCore chooses the port on which its Worker listens, when that is spawned, some ten seconds later.
+    """
+    return {} if "VLLM_PORT" in os.environ else {"VLLM_PORT": str(ports.first())}
 
 
 def rpc_base() -> str | None:

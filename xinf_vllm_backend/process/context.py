@@ -39,6 +39,7 @@ class EngineContext(SpawnContext):
 
     Args:
         environment: variables of every child, over those of this process at the moment it is started.
+        own: called for each child, for further variables of this one alone.
         initializer: importable function that a child calls after its environment is set, before its target.
         on_start: called with the name of each child that was started.
         tail: where the output of the children and of their descendants is kept; None lets them inherit ours.
@@ -64,7 +65,9 @@ class EngineContext(SpawnContext):
         on_report: Callable[[str], None] = lambda message: None,
         family: Family | None = None,
         find_zygote: FindZygote | None = None,
+        own: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
+        self.own = own
         self.environment = dict(environment)
         self.initializer = initializer
         self.on_start = on_start
@@ -181,7 +184,7 @@ class EngineProcess(SpawnProcess):
                 family = replace(family, reports=reports)
                 readers = ChildOutput(self.name, read_output, read_reports, context.tail, context.heard)
             # All variables, as this thread sees them: what the process is forked from has others.
-            self.setup = ChildSetup({**os.environ, **context.environment}, family, output)
+            self.setup = ChildSetup({**os.environ, **context.environment, **context.own()}, family, output)
             try:
                 context.launch(self, super().start)
             except BaseException:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .zygote import ZygoteClient
 
 STATUS_TIMEOUT = 5.0  # seconds that the zygote has to tell how a child of it ended, once it has
+ASIDE_TIMEOUT = 0.1  # seconds of that for one who only wants to look
 STATUS_UNKNOWN = 255  # exit code of a process whose zygote died before it
 
 
@@ -156,7 +157,8 @@ class ZygotePopen(_EnginePopen):
         if self._told_by is None:
             self._told_by = time.monotonic() + STATUS_TIMEOUT
         left = max(0.0, self._told_by - time.monotonic())
-        return bool(wait([status], 0 if flag == os.WNOHANG else left)) or flag != os.WNOHANG or not left
+        patience = min(left, ASIDE_TIMEOUT) if flag == os.WNOHANG else left
+        return bool(wait([status], patience)) or flag != os.WNOHANG or not left
 
     def _exit_code(self) -> int | None:
         """What the zygote says of the process; None if only the zygote has ended."""

@@ -1,0 +1,24 @@
+"""No two children of a process look for free ports in the same place."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from xinf_vllm_backend.engine import vllm_seams
+from xinf_vllm_backend.process import ports
+
+
+def test_each_has_some_of_its_own_whoever_asks() -> None:
+    with ThreadPoolExecutor(8) as pool:
+        first = sorted(pool.map(lambda _: ports.first(), range(100)))
+    assert all(later - earlier >= ports.SPAN for earlier, later in zip(first, first[1:], strict=False))
+    assert ports.FIRST <= first[0] and first[-1] < 32_768  # where Linux takes ports for connections
+
+
+def test_the_users_own_choice_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_PORT", raising=False)
+    assert vllm_seams.own_ports().keys() == {"VLLM_PORT"}
+    monkeypatch.setenv("VLLM_PORT", "20000")
+    assert vllm_seams.own_ports() == {}
