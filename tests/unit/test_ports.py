@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import pytest
 
@@ -13,8 +14,8 @@ from xinf_vllm_backend.process import ports
 def test_each_has_some_of_its_own_whoever_asks() -> None:
     with ThreadPoolExecutor(8) as pool:
         first = sorted(pool.map(lambda _: ports.first(), range(100)))
-    assert all(later - earlier >= ports.SPAN for earlier, later in zip(first, first[1:], strict=False))
-    assert ports.FIRST <= first[0] and first[-1] < 32_768  # where Linux takes ports for connections
+    assert all(later - earlier >= ports.SPAN for earlier, later in pairwise(first))
+    assert first[0] >= ports.FIRST and first[-1] < 32_768  # where Linux takes ports for connections
 
 
 def test_the_users_own_choice_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
