@@ -94,6 +94,8 @@ class Owner:
         while not self._stopping:
             if member.is_dead():
                 reason = await asyncio.to_thread(member.death)
+                if self._stopping:  # killed while it was told to stop: that is under way, and we go on
+                    return
                 await self._stop(member, settings.stop_timeout)
                 self._ended("stopped", reason, number, exits)
                 return
