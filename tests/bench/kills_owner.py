@@ -91,10 +91,10 @@ class Owner:
         except Exception as error:  # whatever it is, it is worth reading
             self._ended("failed", str(error), number, exits)
             return
-        while not self._stopping:
+        while self._member is member and not self._stopping:
             if member.is_dead():
                 reason = await asyncio.to_thread(member.death)
-                if self._stopping:  # killed while it was told to stop: that is under way, and we go on
+                if self._member is not member or self._stopping:  # killed while it was told to stop: we go on
                     return
                 await self._stop(member, settings.stop_timeout)
                 self._ended("stopped", reason, number, exits)
