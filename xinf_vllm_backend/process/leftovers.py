@@ -41,12 +41,12 @@ class Leftovers:
         self.mark = f"xvllm{secrets.token_hex(4)}"
         base = base or tempfile.gettempdir()
         self.directory = Path(base if len(base) <= LONGEST_BASE else "/tmp") / self.mark
-        self.directory.mkdir(mode=0o700)
         until_end, self.alive = Pipe(duplex=False)
         with until_end:
             self._janitor = _janitor(self.directory, self.mark, until_end)
         if self._janitor is None:
             self.mark = ""
+        self.directory.mkdir(mode=0o700)  # now that somebody will remove it
 
     def remove(self, timeout: float) -> None:
         """Let go, and wait up to ``timeout`` seconds until all is removed; idempotent."""
