@@ -141,3 +141,20 @@ def open_files() -> dict[str, str]:
 
 def _is_open(fd: str) -> bool:
     return os.path.lexists(f"/proc/self/fd/{fd}")
+
+
+def assert_all_reach(context: EngineContext, target: Callable[..., None]) -> None:
+    """A lock, an event, a queue and a pipe of ``context`` work in a process that runs ``target``."""
+    lock, event, queue = context.Lock(), context.Event(), context.Queue()
+    near, far = context.Pipe()
+    lock.acquire()
+    process = started(context, target, lock, event, queue, far)
+    queue.put("an item")
+    assert not event.is_set()
+    lock.release()
+    assert event.wait(TIMEOUT)
+    assert receive(near) == "an item"
+    assert exit_code(process) == 0
+    queue.close()
+    queue.join_thread()
+    near.close()

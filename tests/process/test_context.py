@@ -18,6 +18,7 @@ from process_helpers import (
     TIMEOUT,
     all_output_is_read,
     answers,
+    assert_all_reach,
     exit_code,
     join,
     on_thread,
@@ -190,19 +191,7 @@ class TestWhatMultiprocessingHandsOver:
     )
     def test_works_inside_the_nested_arguments(self, target: Callable[..., None]) -> None:
         context = EngineContext({}, targets.own_children_are_bound_too)
-        lock, event, queue = context.Lock(), context.Event(), context.Queue()
-        near, far = context.Pipe()
-        lock.acquire()
-        process = started(context, target, lock, event, queue, far)
-        queue.put("an item")
-        assert not event.is_set()
-        lock.release()
-        assert event.wait(TIMEOUT)
-        assert receive(near) == "an item"
-        assert exit_code(process) == 0
-        queue.close()
-        queue.join_thread()
-        near.close()
+        assert_all_reach(context, target)
 
     def test_that_cannot_be_pickled_is_an_error_of_start_and_leaves_nothing_behind(self) -> None:
         context = EngineContext({}, tail=OutputTail())

@@ -27,6 +27,7 @@ from process_helpers import (
     TIMEOUT,
     all_output_is_read,
     answers,
+    assert_all_reach,
     becomes,
     exit_code,
     has_ended,
@@ -377,19 +378,7 @@ class TestWhatMultiprocessingHandsOver:
     )
     def test_works_in_a_forked_one(self, zygote: Zygote, target: Callable[..., None]) -> None:
         context = forking(zygote)
-        lock, event, queue = context.Lock(), context.Event(), context.Queue()
-        near, far = context.Pipe()
-        lock.acquire()
-        process = started(context, target, lock, event, queue, far)
-        queue.put("an item")
-        assert not event.is_set()
-        lock.release()
-        assert event.wait(TIMEOUT)
-        assert receive(near) == "an item"
-        assert exit_code(process) == 0
-        queue.close()
-        queue.join_thread()
-        near.close()
+        assert_all_reach(context, target)
 
     def test_may_be_as_many_files_as_the_kernel_passes(self, zygote: Zygote, log: Callable[[], list[str]]) -> None:
         count = MAX_FDS - 2  # beside the pipe that is told by, and the zygote's address

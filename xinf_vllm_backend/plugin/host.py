@@ -120,8 +120,8 @@ class HostedModel(VLLMModel):
                 raise EngineStoppedError(f"The model {self.model_uid} was stopped while it was loading.")
             if self._loading_error is not None:
                 raise self._loading_error[1]
-            engine_log.include_vllm_logger()
-            self._engine.start(started)
+        engine_log.include_vllm_logger()
+        self._engine.start(started)
 
     def wait_for_load(self) -> None:
         """Finish the load, and start the health task on the event loop."""
@@ -295,7 +295,7 @@ def undecorated(method: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _environment_kept() -> Iterator[None]:
-    """Undo what Xinference and vLLM write into ``os.environ`` while they prepare an engine."""
+    """Undo what Xinference writes into ``os.environ`` while it prepares the arguments of an engine."""
     before = dict(os.environ)
     try:
         yield

@@ -10,19 +10,12 @@ import threading
 FIRST, LAST = 12_000, 32_000
 SPAN = 50  # ports for each process
 
-_slots = itertools.cycle(range(FIRST, LAST, SPAN))
+_COUNT = (LAST - FIRST) // SPAN
+_numbers = itertools.count(random.randrange(_COUNT))  # other processes count for themselves, from elsewhere
 _lock = threading.Lock()
-
-
-def _start_anywhere() -> None:
-    for _ in range(random.randrange((LAST - FIRST) // SPAN)):
-        next(_slots)
-
-
-_start_anywhere()  # other processes count for themselves
 
 
 def first() -> int:
     """The first port for the next process; no other of this process's children gets one within 50 of it."""
     with _lock:
-        return next(_slots)
+        return FIRST + next(_numbers) % _COUNT * SPAN
