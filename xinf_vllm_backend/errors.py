@@ -27,6 +27,22 @@ class EngineDiedError(BackendError):
     """The vLLM engine died while it served."""
 
 
+class EngineRestartingError(BackendError):
+    """The request waited too long for an engine that is being restarted; it may be sent again."""
+
+
+class CannotResumeError(BackendError):
+    """The request had begun when its engine died, and is of a kind that cannot go on."""
+
+
+class RequestQuarantinedError(BackendError):
+    """The engine died again and again while it worked on this request."""
+
+
+class EngineStaleError(BackendError):
+    """The engine was restarted and has not got back the weights that it was given after its launch."""
+
+
 class BadRequestError(ValueError):
     """A request that cannot be served as it is; only this request failed."""
 

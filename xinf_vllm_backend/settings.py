@@ -31,6 +31,24 @@ class Settings(BaseModel):
     health_interval: float = Field(
         0.5, gt=0, description="time in seconds between two looks at whether the engine is still alive"
     )
+    hang_timeout: float = Field(
+        30.0, gt=0, description="time in seconds without any sign of life or of work after which an engine is killed"
+    )
+    recovery_timeout: float = Field(
+        120.0, gt=0, description="time in seconds that a request waits for an engine that is being restarted"
+    )
+    max_restarts: int = Field(
+        5, ge=0, description="number of restarts in place that are had at once; 0: a dead engine ends the model process"
+    )
+    restart_refill: float = Field(
+        60.0, gt=0, description="time in seconds for which an engine must be healthy to have one restart more again"
+    )
+    max_deaths_per_request: int = Field(
+        2, ge=1, description="number of deaths of the engine at which a request in flight is suspected of killing it"
+    )
+    resume_inexact: Literal["continue", "fail"] = Field(
+        "continue", description="what becomes of a request that cannot go on exactly as it would have"
+    )
     engine_start_method: Literal["auto", "spawn", "zygote"] = Field(
         "auto", description="way in which engine processes are made; auto: zygote on a CPU host, else spawn"
     )

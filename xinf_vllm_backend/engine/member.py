@@ -1,56 +1,51 @@
-"""One vLLM engine: started, watched and stopped."""
+"""One vLLM engine: started, watched, restarted in place when it dies or hangs, and stopped."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import multiprocessing.connection
-import os
+import copy
+import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
-from enum import Enum
+from collections.abc import Callable, Coroutine, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
-from ..errors import BackendError, EngineStartError, EngineStartTimeoutError, EngineStoppedError
-from ..process.bootstrap import Family
-from ..process.context import EngineContext
-from ..process.exits import describe_exit
-from ..process.launch_lock import DeviceLocks, launch_lock
-from ..process.leftovers import Leftovers
-from ..process.output import OutputTail
+from ..errors import BackendError, EngineDiedError, EngineRestartingError, EngineStaleError, EngineStoppedError
 from ..settings import Settings
-from . import arguments, diagnosis, preload, vllm_seams
+from . import arguments, vllm_seams
+from .client import EngineClient
+from .health import HangClock, Workload
+from .incarnation import Incarnation, Phase
+from .lifecycle import Lifecycle, Move, State
+from .recovery import RestartBudget
 
-EXIT_TIMEOUT = 0.5  # seconds that a dead engine's processes have to end by themselves
-KILL_TIMEOUT = 5.0  # seconds until a SIGKILLed process is given up as unkillable
-LOCK_MARGIN = 1.0  # seconds before load_timeout in which a launch that waits for others can still say for whom
-REMOVE_TIMEOUT = 2.0  # seconds until files of a dead engine are left to the janitor
+__all__ = ["EngineMember", "Phase"]
 
+logger = logging.getLogger("xinference.vllm_backend")
 
-class Phase(str, Enum):
-    """What a launch is doing, in the order it does it."""
-
-    ENVIRONMENT = "environment"
-    CONFIGURATION = "engine configuration"
-    PROCESSES = "processes"
-    WEIGHTS = "weights"
-    PROFILING = "memory profiling"
-    WARM_UP = "warm-up"
-    READY = "ready"
+T = TypeVar("T")
 
 
 class EngineMember:
-    """One AsyncLLM and its processes. Whatever is not its own it passes on to the AsyncLLM, once that is ready.
+    """One AsyncLLM and the engine behind it. Whatever is not its own it passes on to the AsyncLLM, once that is ready.
 
     Args:
         name: what to call the engine in threads, logs and errors.
         engine_args: a ``vllm.AsyncEngineArgs``.
         settings: the options of the model.
-        on_phase: called, from several threads, with each phase of the start.
+        on_phase: called, from several threads, with each phase of the first start.
         on_line: called, from several threads, with each line that the engine's processes print.
         environment: variables of this engine alone, such as its devices; for its processes, and for vLLM while it
             configures the engine here.
+        on_move: called with each change of state, on the thread that made it.
+        on_inexact: called with the id of each request that goes on after a death, but not exactly, and why.
+
+    Attributes:
+        lifecycle: its state and how it came there.
+        restarts: how often the engine came back in place.
+        failure: why it is not restarted any more; "" as long as it is.
     """
 
     def __init__(
@@ -61,28 +56,24 @@ class EngineMember:
         on_phase: Callable[[Phase], None] = lambda phase: None,
         on_line: Callable[[str], None] = lambda line: None,
         environment: Mapping[str, str] = MappingProxyType({}),
+        on_move: Callable[[Move], None] = lambda move: None,
+        on_inexact: Callable[[str, str], None] = lambda request_id, why: None,
     ) -> None:
         self.name = name
         self._engine_args = engine_args
         self._settings = settings
         self._on_phase = on_phase
+        self._on_line = on_line
+        self._environment = environment
         self._engine: Any = None
-        self._phase = Phase.ENVIRONMENT
-        self._deadline = 0.0
-        self._woken = threading.Event()  # loaded, failed or stopped
-        self._stopping = threading.Event()
-        self._stop_lock = threading.Lock()
-        self._leftovers: Leftovers | None = None
-        self._tail = OutputTail(on_line=on_line)
-        self._context = EngineContext(
-            environment,
-            vllm_seams.prepare_child,
-            self._child_started,
-            self._tail,
-            self._report,
-            find_zygote=lambda: preload.zygote_client(settings.engine_start_method),
-            own=vllm_seams.own_ports,
-        )
+        self._client = EngineClient(name, settings, self._fail_request, on_inexact, self._refitted)
+        self._incarnation: Incarnation | None = None
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._noticed = asyncio.Event()  # something ended
+        self.lifecycle = Lifecycle(name, on_move)
+        self.restarts = 0
+        self.failure = ""
 
     def __getattr__(self, name: str) -> Any:
         engine = self.__dict__.get("_engine")
@@ -104,121 +95,194 @@ class EngineMember:
             EngineStoppedError: it was stopped while it started.
             EngineStartError: anything else, with the root cause.
         """
+        begun = time.monotonic()
         arguments.check(self._engine_args)
-        self._deadline = (time.monotonic() if since is None else since) + self._settings.load_timeout
-        preload.start_zygote(self._settings.engine_start_method, self._engine_args.model)
-        failures: list[BaseException] = []
+        self.lifecycle.move(State.STARTING, "it was launched")
+        incarnation = self._next_incarnation(self._on_phase)
+        try:
+            self._engine = incarnation.start(lambda: self._make_engine(incarnation), since)
+        except BackendError as error:
+            self.lifecycle.move(State.FAILED, str(error))
+            raise
+        self.lifecycle.move(State.READY, f"it was started in {time.monotonic() - begun:.1f} s")
 
-        def load() -> None:
-            try:
-                self._load()
-            except BaseException as error:  # handed to the thread that waits
-                failures.append(error)
-            finally:
-                self._woken.set()
-
-        threading.Thread(target=load, name=f"vllm-engine-loader-{self.name}", daemon=True).start()
-        in_time = self._woken.wait(self._left())
-        if in_time and not failures and not self._stopping.is_set():
-            self._enter(Phase.READY)
-            return
-        was_stopped = self._stopping.is_set()
-        self.stop(0)
-        if was_stopped:
-            raise EngineStoppedError(f"The vLLM engine of {self.name} was stopped while it was starting.")
-        if not in_time:
-            said = diagnosis.last_words(self._tail.lines())
-            raise EngineStartTimeoutError(
-                f"The vLLM engine of {self.name} was not ready after {self._settings.load_timeout:g} s and was stopped "
-                f"in the phase {self._phase.value!r}; raise load_timeout if the model needs longer."
-                + (f" It last said: {said}" if said else "")
+    def _next_incarnation(self, on_phase: Callable[[Phase], None]) -> Incarnation:
+        with self._lock:
+            if self.lifecycle.state in (State.STOPPING, State.STOPPED):
+                raise EngineStoppedError(f"The launch of {self.name} was stopped.")
+            self._incarnation = Incarnation(
+                self.name, self._engine_args, self._settings, on_phase, self._on_line, self._environment, self._notice
             )
-        if isinstance(failures[0], EngineStartError):  # a lock that was not to be had
-            raise failures[0]
-        raise EngineStartError(self._start_failure(failures[0]))
+            return self._incarnation
 
-    def _load(self) -> None:
+    def _make_engine(self, incarnation: Incarnation) -> Any:
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        devices = vllm_seams.devices(self._engine_args, self._settings.device_locks)
-        with contextlib.ExitStack() as held:
-            # Devices before the lock: whoever holds the lock waits for nobody.
-            locks = held.enter_context(DeviceLocks(devices, self.name))
-            locks.acquire(self._left(LOCK_MARGIN), self._stopping)
-            launch = held.enter_context(launch_lock.hold(self.name, self._left(LOCK_MARGIN), self._stopping))
-            held.enter_context(vllm_seams.starts_from(self._context, launch.release))
-            self._leave_together()
-            self._enter(Phase.CONFIGURATION)
-            self._engine = AsyncLLM.from_engine_args(self._engine_args)
-        self._tail.clear()  # what was said until now explains no later death
+        def stand_in(client: Any) -> EngineClient:
+            incarnation.client = client
+            self._client.attach(client)
+            return self._client
 
-    def _leave_together(self) -> None:
-        """Have all that this engine may leave behind marked and removed with its last process."""
-        with self._stop_lock:
-            if self._stopping.is_set():
-                raise EngineStoppedError(f"The launch of {self.name} was stopped.")
-            self._leftovers = leftovers = Leftovers(vllm_seams.rpc_base())
-        self._context.family = Family(mark=leftovers.mark, alive=leftovers.alive)
-        os.environ.update(vllm_seams.rpc_directory(leftovers.directory))  # on this thread
-
-    def _left(self, margin: float = 0.0) -> float:
-        return max(0.0, self._deadline - margin - time.monotonic())
-
-    def _enter(self, phase: Phase) -> None:
-        self._phase = phase
-        self._on_phase(phase)
-
-    def _child_started(self, name: str) -> None:
-        if name != vllm_seams.INSPECTION_PROCESS:
-            self._enter(Phase.PROCESSES)
-
-    def _report(self, message: str) -> None:
-        if self._engine is None:  # a phase after READY is of no interest
-            self._enter(Phase(message))
-
-    def _start_failure(self, error: BaseException) -> str:
-        cause = diagnosis.describe(error)
-        self._context.await_output(EXIT_TIMEOUT)
-        if any(child.exitcode for child in self._context.children):  # a child failed, so it knows better
-            cause = diagnosis.root_cause(self._tail.lines()) or self._how_children_ended() or cause
-        return f"The vLLM engine of {self.name} failed to start: {cause}"
+        with vllm_seams.clients_become(stand_in):
+            engine = AsyncLLM.from_engine_args(copy.deepcopy(self._engine_args))
+        incarnation.client = incarnation.client or engine.engine_core
+        return engine
 
     # -- watch
 
-    def is_dead(self) -> bool:
-        """Whether a process of the engine ended or vLLM says that it is dead; False while it was never ready."""
-        engine = self._engine
-        # A lost Worker is enough: vLLM waits for the others, which wait for that one, before it reports itself dead.
-        return engine is not None and (
-            bool(self._context.lost)
-            or any(child.exitcode is not None for child in self._serving())
-            or bool(engine.errored)
+    async def watch(self) -> str:
+        """Keep the engine alive; a task of the event loop that its requests come from, cancelled to end it.
+
+        Returns:
+            Why the engine is dead and is not restarted any more; "" if it was stopped.
+        """
+        self._loop = asyncio.get_running_loop()
+        budget = RestartBudget(self._settings.max_restarts, self._settings.restart_refill)
+        resuming: asyncio.Task[None] | None = None
+        try:
+            self._client.on_dead = self._noticed.set
+            while self.lifecycle.state in (State.READY, State.STALE):
+                budget.healthy()
+                hung = await self._until_dead()
+                self._client.lose()
+                if resuming is not None:
+                    await asyncio.wait([resuming])  # it has nothing to send to
+                await self._bring_back(hung, budget)
+                resuming = self._loop.create_task(self._resume())
+            return self.failure
+        finally:
+            self._client.on_dead = None
+            if resuming is not None:
+                resuming.cancel()
+
+    async def _until_dead(self) -> str:
+        """Return when the engine died, or how it hangs."""
+        interval = self._settings.health_interval
+        incarnation = self._current
+        hang = HangClock(self._settings.hang_timeout, interval)
+        workload = Workload()
+        asked: asyncio.Task[None] | None = None
+        delivered = -1
+        try:
+            while not (incarnation.is_dead() or self._client.is_lost):
+                if delivered != self._client.journal.outputs:
+                    delivered = self._client.journal.outputs
+                    hang.heard()
+                elif asked is None or asked.done():
+                    hang.heard()
+                    asked = asyncio.ensure_future(vllm_seams.ask_sign_of_life(incarnation.client))
+                elif hang.look(workload.all_busy(incarnation.seconds_of_cpu())):
+                    silent = f"for {self._settings.hang_timeout:g} s it has given no sign of life and done no work"
+                    return f"The vLLM engine of {self.name} hangs: {silent}"
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._noticed.wait(), interval)
+                self._noticed.clear()
+            return ""
+        finally:
+            if asked is not None:
+                asked.cancel()
+
+    async def _bring_back(self, hung: str, budget: RestartBudget) -> None:
+        """End what is left of the engine and start another, as often as the budget allows."""
+        begun = time.monotonic()
+        failures = [await self._meanwhile(asyncio.to_thread(self._current.end, hung))]
+        await vllm_seams.release(self._current.client)
+        if not self._client.is_attachable:
+            self._give_up(failures[0])
+            return
+        self.lifecycle.move(State.RESTARTING, failures[0])
+        while self.lifecycle.state is State.RESTARTING:
+            delay = budget.take()
+            if delay is None:
+                self._give_up(_story(failures))
+                return
+            await self._meanwhile(asyncio.sleep(delay))
+            try:
+                incarnation = await self._meanwhile(asyncio.to_thread(self._start_again))
+            except EngineStoppedError:
+                return
+            except BackendError as error:
+                logger.error("%s", error)
+                failures.append(str(error))
+            else:
+                self._serve_again(incarnation, f"it was restarted in {time.monotonic() - begun:.1f} s")
+
+    def _start_again(self) -> Incarnation:
+        incarnation = self._next_incarnation(lambda phase: None)
+        incarnation.client = incarnation.start(lambda: vllm_seams.make_client(copy.deepcopy(self._engine_args)))
+        return incarnation
+
+    def _serve_again(self, incarnation: Incarnation, how: str) -> None:
+        self.restarts += 1
+        vllm_seams.forget_inputs(self._engine)
+        self._client.attach(incarnation.client)
+        if self._client.changed_weights:
+            self.lifecycle.move(State.STALE, f"{how}, without the weights of {self._client.changed_weights}()")
+            self._client.go_stale(EngineStaleError(self._stale()))
+        else:
+            self.lifecycle.move(State.READY, f"{how}; {len(self._client.journal)} requests go on")
+
+    async def _resume(self) -> None:
+        if self.lifecycle.state is State.READY:
+            try:
+                await self._client.resume()
+            except BackendError as error:
+                logger.error("%s", error)
+
+    def _refitted(self, method: str) -> None:
+        self.lifecycle.move(State.READY, f"it got its weights by {method}()")
+
+    def _stale(self) -> str:
+        return (
+            f"The vLLM engine of {self.name} died and was restarted, but the weights it had been given by "
+            f"{self._client.changed_weights}() are gone; it serves again once it is given them."
         )
+
+    async def _meanwhile(self, work: Coroutine[Any, Any, T]) -> T:
+        """Wait for ``work``, and tell requests that have waited for too long."""
+        task = asyncio.ensure_future(work)
+        try:
+            while not (await asyncio.wait([task], timeout=self._settings.health_interval))[0]:
+                self._client.fail_waiting(self._settings.recovery_timeout, self._waited)
+            return task.result()
+        finally:
+            task.cancel()
+
+    def _waited(self, request_id: str) -> Exception:
+        return EngineRestartingError(
+            f"The request {request_id} waited for {self._settings.recovery_timeout:g} s for the vLLM engine of "
+            f"{self.name}, which is being restarted; send it again later."
+        )
+
+    def _give_up(self, why: str) -> None:
+        self.failure = why
+        self.lifecycle.move(State.FAILED, why)
+        self._client.close(EngineDiedError(f"{why}. Send the request again later."))
+
+    def _fail_request(self, request_id: str, error: Exception) -> None:
+        vllm_seams.fail_request(self._engine, request_id, error)
+
+    def _notice(self) -> None:
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._noticed.set)
+
+    @property
+    def _current(self) -> Incarnation:
+        assert self._incarnation is not None, "it was never started"
+        return self._incarnation
+
+    def is_dead(self) -> bool:
+        """Whether the engine is dead just now; False while it was never ready."""
+        return self._incarnation is not None and self._incarnation.is_dead()
+
+    def death(self) -> str:
+        """How the engine died, in a sentence with the root cause where one is known; blocks for up to a second."""
+        return self.failure or self._current.death()
 
     def processes(self) -> list[dict[str, Any]]:
         """The engine's living processes: pid and title of each."""
-        return self._context.tree.describe()
-
-    def death(self) -> str:
-        """How the engine died, in a sentence with the root cause where one is known; blocks for up to a second.
-
-        vLLM reports itself dead a moment before its processes have ended and their last lines are read.
-        """
-        multiprocessing.connection.wait([child.sentinel for child in self._serving()], EXIT_TIMEOUT)
-        self._context.await_output(EXIT_TIMEOUT)
-        lost = self._context.lost
-        how = ", ".join(lost) or self._how_children_ended() or "it reported itself dead"
-        cause = diagnosis.root_cause(self._tail.lines())
-        if cause in lost:
-            cause = None
-        return f"The vLLM engine of {self.name} died: {how}" + (f"; {cause}" if cause else "")
-
-    def _serving(self) -> list[Any]:
-        return [child for child in self._context.children if child.name != vllm_seams.INSPECTION_PROCESS]
-
-    def _how_children_ended(self) -> str | None:
-        ended = [child for child in self._serving() if child.exitcode is not None]
-        return ", ".join(describe_exit(c.name, c.pid, c.exitcode) for c in ended) or None
+        return [] if self._incarnation is None else self._incarnation.processes()
 
     # -- stop
 
@@ -231,21 +295,19 @@ class EngineMember:
         Raises:
             BackendError: a process survived SIGKILL for 5 s.
         """
-        self._stopping.set()
-        self._woken.set()
-        self._context.seal()
-        with self._stop_lock:
-            if self.is_dead():  # what is left of it would use up the time
-                self._context.tree.kill(KILL_TIMEOUT)
-            if self._engine is not None and timeout > 0:
-                shutdown = threading.Thread(target=self._engine.shutdown, name="vllm-engine-shutdown", daemon=True)
-                shutdown.start()
-                shutdown.join(timeout)
-            left = self._context.tree.kill(KILL_TIMEOUT)
-            for child in self._context.children:
-                child.join(KILL_TIMEOUT)  # reap it
-            if self._leftovers is not None:
-                self._leftovers.remove(REMOVE_TIMEOUT)
-        if left:
-            pids = ", ".join(str(process.pid) for process in left)
-            raise BackendError(f"Processes of the vLLM engine of {self.name} could not be killed: pid {pids}")
+        with self._lock:
+            self.lifecycle.move(State.STOPPING, "it was asked to")
+        if self._loop is not None and not self._loop.is_closed():
+            stopped = EngineStoppedError(f"The model {self.name} was stopped while the request ran; send it again.")
+            self._loop.call_soon_threadsafe(self._client.close, stopped)
+        if self._incarnation is not None:
+            self._incarnation.stop(None if self._engine is None else self._engine.shutdown, timeout)
+        self.lifecycle.move(State.STOPPED, "its processes are gone")
+
+
+def _story(failures: list[str]) -> str:
+    """What is said of several failures in a row."""
+    first, last = failures[0], failures[-1]
+    if first == last:
+        return f"{first}; it has died too often to be restarted once more"
+    return f"{first}; it could not be restarted, in {len(failures) - 1} attempts, the last time because: {last}"

@@ -6,6 +6,7 @@ is lost; ``xinf-vllm doctor`` prints it and a test runs it against the installed
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import importlib
@@ -32,12 +33,14 @@ from ..errors import BackendError, BadRequestError, UnsupportedVersionError
 from ..process import bootstrap, environment, ports
 from ..process.context import EngineContext
 from . import diagnosis
+from .resume import GIVEN
 
 logger = logging.getLogger(__name__)
 
 SUPPORTED = SpecifierSet(">=0.27.1,<0.34")
 
 INSPECTION_PROCESS = "ModelInspection"
+WORKER = "VLLM::Worker"  # in the title of each Worker that is a process of its own
 CUDA_COMPATIBILITY = "VLLM_ENABLE_CUDA_COMPATIBILITY"  # makes vLLM extend LD_LIBRARY_PATH when it is imported
 SPAWN = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
 
@@ -130,7 +133,37 @@ REGISTRY = Seam(
     "preloading the module of the model's architecture in the zygote",
     "each engine process imports it itself",
 )
-SEAMS = (CONTEXT, HANDSHAKE, INSPECTION, REGISTRY, SHARED_MEMORY, WEIGHTS, PROFILING, WARM_UP)
+CLIENT = Seam(
+    "vllm.v1.engine.core_client",
+    "EngineCoreClient.make_async_mp_client",
+    "restarting an engine in place, its requests going on",
+    "an engine that died ends its model process, and Xinference starts the model again",
+)
+OUTPUT_QUEUE = Seam(
+    "vllm.v1.engine.output_processor",
+    "RequestOutputCollector.put",
+    "ending one request with an error of its own",
+    "it ends with the finish reason 'abort'",
+)
+GRAMMAR = Seam(
+    "vllm.v1.structured_output",
+    "StructuredOutputManager._create_grammar",
+    "structured output that goes on after its engine died",
+    "such a request fails if it had begun",
+)
+SEAMS = (
+    CONTEXT,
+    HANDSHAKE,
+    INSPECTION,
+    REGISTRY,
+    SHARED_MEMORY,
+    WEIGHTS,
+    PROFILING,
+    WARM_UP,
+    CLIENT,
+    OUTPUT_QUEUE,
+    GRAMMAR,
+)
 
 # What the zygote imports for every engine; none of them is needed for an engine to work.
 ENGINE_MODULES = (
@@ -146,6 +179,7 @@ _WORKER_MODULES = {
 
 _of_this_thread: ContextVar[EngineContext | None] = ContextVar("engine context", default=None)
 _when_spawned: ContextVar[Callable[[], None]] = ContextVar("what follows the start of all processes")
+_wrap_client: ContextVar[Callable[[Any], Any]] = ContextVar("what takes the place of the client of EngineCore")
 _of_this_process: EngineContext | None = None
 _install_lock = threading.Lock()
 
@@ -208,8 +242,87 @@ def prepare_child() -> None:
     _install_context()
     if bootstrap.family().mark:
         SHARED_MEMORY.wrap(functools.partial(_marked, bootstrap.family().mark))
+    GRAMMAR.wrap(_advanced)
     for seam, phase in ((WEIGHTS, "weights"), (PROFILING, "memory profiling"), (WARM_UP, "warm-up")):
         seam.wrap(functools.partial(_reporting, phase))
+
+
+@contextlib.contextmanager
+def clients_become(wrap: Callable[[Any], Any]) -> Iterator[None]:
+    """Let each client of EngineCore that vLLM makes on this thread be ``wrap(client)``."""
+    if not CLIENT.wrap(_wrapping):
+        logger.warning("vLLM %s has no %s: %s", version(), CLIENT.name, CLIENT.without)
+    token = _wrap_client.set(wrap)
+    try:
+        yield
+    finally:
+        _wrap_client.reset(token)
+
+
+def make_client(engine_args: Any) -> Any:
+    """Start the processes of an engine and return vLLM's client of them; blocks until they are ready.
+
+    Args:
+        engine_args: a ``vllm.AsyncEngineArgs`` that no engine was made from.
+    """
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.core_client import EngineCoreClient
+    from vllm.v1.executor.abstract import Executor
+
+    config = engine_args.create_engine_config(UsageContext.ENGINE_CONTEXT)
+    return EngineCoreClient.make_async_mp_client(
+        vllm_config=config,
+        executor_class=Executor.get_class(config),
+        log_stats=not engine_args.disable_log_stats,
+    )
+
+
+def wake(client: Any) -> None:
+    """Have whoever waits for an output of ``client`` wait no longer."""
+    queue = getattr(client, "outputs_queue", None)
+    if queue is not None:
+        queue.put_nowait(RuntimeError("the engine is gone"))
+
+
+def is_dead(client: Any) -> bool:
+    """Whether ``client`` knows that its engine is dead."""
+    return bool(getattr(getattr(client, "resources", None), "engine_dead", False))
+
+
+async def release(client: Any) -> None:
+    """Give back what ``client``, which was shut down, holds in this process; on the loop that it served from."""
+    await asyncio.sleep(0)  # it closes its sockets there
+    context = getattr(client, "ctx", None)
+    if context is not None:
+        # On a thread: it waits for whatever socket is not closed.
+        threading.Thread(target=context.term, name="vllm-sockets-end", daemon=True).start()
+
+
+async def ask_sign_of_life(client: Any) -> None:
+    """Return when EngineCore answers, between two steps; whatever it answers is a sign of life."""
+    with contextlib.suppress(Exception):
+        await client.is_scheduler_paused_async()
+
+
+def fail_request(engine: Any, request_id: str, error: Exception) -> None:
+    """End a request of ``engine``, an AsyncLLM, with ``error``.
+
+    Args:
+        request_id: its internal id.
+    """
+    processor = getattr(engine, "output_processor", None)
+    state = getattr(processor, "request_states", {}).get(request_id)
+    if state is not None and OUTPUT_QUEUE.present():
+        state.queue.put(error)
+    elif processor is not None:
+        processor.abort_requests((request_id,), internal=True)
+
+
+def forget_inputs(engine: Any) -> None:
+    """Have ``engine``, an AsyncLLM, no longer take for granted that EngineCore has multimodal inputs that it sent."""
+    renderer = getattr(engine, "renderer", None)
+    if renderer is not None and hasattr(renderer, "clear_mm_cache"):
+        renderer.clear_mm_cache()
 
 
 def version() -> str | None:
@@ -397,6 +510,40 @@ def _announcing_spawned(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(*args, **kwargs)
 
     return announced
+
+
+def _wrapping(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def wrapping(*args: Any, **kwargs: Any) -> Any:
+        return _wrap_client.get(lambda client: client)(original(*args, **kwargs))
+
+    return wrapping
+
+
+def _advanced(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Advance the grammar of a request that goes on over the tokens that it had been given."""
+
+    @functools.wraps(original)
+    def create(manager: Any, request: Any) -> Any:
+        grammar = original(manager, request)
+        given = (request.sampling_params.extra_args or {}).get(GIVEN, 0)
+        tokens = request.prompt_token_ids[len(request.prompt_token_ids) - given :]
+        tokens = tokens[_reasoned(manager, request, tokens) :]
+        if tokens and not grammar.accept_tokens(request.request_id, tokens):
+            raise RuntimeError("the structured output so far does not match its grammar")
+        return grammar
+
+    return create
+
+
+def _reasoned(manager: Any, request: Any, given: list[int]) -> int:
+    """How many of the tokens ``given`` are reasoning, which no grammar applies to."""
+    reasoner = manager._get_reasoner(request) if hasattr(manager, "_get_reasoner") else None
+    if reasoner is None or getattr(manager, "enable_in_reasoning", False):
+        return 0
+    prompt = request.prompt_token_ids[: len(request.prompt_token_ids) - len(given)]
+    ends = (n for n in range(len(given) + 1) if reasoner.is_reasoning_end([*prompt, *given[:n]]))
+    return next(ends, len(given))
 
 
 def _marked(mark: str, original: Callable[..., str]) -> Callable[..., str]:

@@ -40,6 +40,7 @@ class EngineContext(SpawnContext):
     Args:
         environment: variables of every child, over those of this process at the moment it is started.
         own: called for each child, for further variables of this one alone.
+        on_loss: called, on a thread of this context, after an addition to ``lost``.
         initializer: importable function that a child calls after its environment is set, before its target.
         on_start: called with the name of each child that was started.
         tail: where the output of the children and of their descendants is kept; None lets them inherit ours.
@@ -66,8 +67,10 @@ class EngineContext(SpawnContext):
         family: Family | None = None,
         find_zygote: FindZygote | None = None,
         own: Callable[[], Mapping[str, str]] = dict,
+        on_loss: Callable[[], None] = lambda: None,
     ) -> None:
         self.own = own
+        self.on_loss = on_loss
         self.environment = dict(environment)
         self.initializer = initializer
         self.on_start = on_start
@@ -144,6 +147,7 @@ class EngineContext(SpawnContext):
             self.tree.record([int(message.removeprefix(bootstrap.PID_REPORT))])
         elif message.startswith(EXIT_REPORT):
             self.lost.append(message.removeprefix(EXIT_REPORT))
+            self.on_loss()
         else:
             self.on_report(message)
 

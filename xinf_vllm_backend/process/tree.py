@@ -42,6 +42,20 @@ class ProcessTree:
                 found.append({"pid": process.pid, "title": " ".join(process.cmdline()).strip() or process.name()})
         return found
 
+    def seconds_of_cpu(self, title: str = "") -> dict[int, float]:
+        """Seconds of CPU that each process has used, by pid, with what those that it started use.
+
+        Args:
+            title: of the processes that are asked for, or a part of it; by default all.
+        """
+        found = {}
+        for process in self.alive():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if title in " ".join(process.cmdline()):
+                    family = (process, *process.children(recursive=True))
+                    found[process.pid] = sum(_seconds_of_cpu(member) for member in family)
+        return found
+
     def kill(self, timeout: float) -> list[psutil.Process]:
         """SIGKILL all that was recorded, with descendants that came since, and wait up to ``timeout`` seconds.
 
@@ -67,6 +81,12 @@ def _await_end(process: psutil.Process, deadline: float) -> None:
     with contextlib.suppress(ProcessLookupError), os.fdopen(os.pidfd_open(process.pid)) as handle:
         if _runs(process):  # the pid is not another's by now
             select.select([handle], [], [], max(0.0, deadline - time.monotonic()))
+
+
+def _seconds_of_cpu(process: psutil.Process) -> float:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return sum(process.cpu_times()[:2])
+    return 0.0
 
 
 def _runs(process: psutil.Process) -> bool:

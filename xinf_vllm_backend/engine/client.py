@@ -1,0 +1,311 @@
+"""What AsyncLLM has in the place of its client of EngineCore: it outlives the EngineCore behind it.
+
+AsyncLLM keeps all that it knows of its requests and never sees a death. When a new EngineCore is there, each request
+is sent to it behind the tokens that it was given (see :mod:`.resume`).
+
+All methods but those of the start belong to one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import re
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from ..errors import BackendError, CannotResumeError, EngineDiedError, EngineStaleError, RequestQuarantinedError
+from ..settings import Settings
+from . import resume, vllm_seams
+from .journal import Entry, Journal
+
+logger = logging.getLogger("xinference.vllm_backend")
+
+TRIAL_MARGIN = 10.0  # seconds beyond hang_timeout in which a suspected request, alone, must have got somewhere
+# Calls that only ask: one that was lost with its engine is made again.
+_QUESTION = re.compile(r"^(get_|is_|list_)")
+# Calls of Workers that change weights, but for those that only announce it.
+_CHANGES_WEIGHTS = re.compile(r"^(?!get_|is_|init_|check_|save_|list_).*weight")
+
+
+class EngineClient:
+    """One client of whatever EngineCore there is.
+
+    Args:
+        name: of the engine, in errors.
+        settings: the options of the model.
+        fail: ends one request, by its internal id, with an exception.
+        on_inexact: called with each request that goes on, but not exactly as it would have, and why.
+        on_refit: called with the name of the call by which a stale engine got its weights again.
+
+    Attributes:
+        journal: the requests in flight.
+        resources: where AsyncLLM looks for whether the engine is dead.
+        on_dead: called when the EngineCore behind it turned out to be dead; None while nobody would restart it.
+        changed_weights: name of a call by which the weights were changed since the engine's launch; "" for none.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: Settings,
+        fail: Callable[[str, Exception], None],
+        on_inexact: Callable[[str, str], None] = lambda request_id, why: None,
+        on_refit: Callable[[str], None] = lambda method: None,
+    ) -> None:
+        self._name = name
+        self._settings = settings
+        self._fail = fail
+        self._on_inexact = on_inexact
+        self._on_refit = on_refit
+        self.journal = Journal()
+        self.resources = SimpleNamespace(engine_dead=False)
+        self.on_dead: Callable[[], None] | None = None
+        self.changed_weights = ""
+        self._stale: EngineStaleError | None = None  # why requests are refused for now
+        self._refitting = False  # weights are coming, in several calls
+        self._core: Any = None  # the vLLM client that is served by now
+        self._last: Any = None  # the one that was last
+        self._ready = asyncio.Event()  # there is one, or there will be none any more
+        self._gone = asyncio.Event()  # the one there was is lost
+        self._error: BackendError | None = None  # why there will be none any more
+        self._resending = False
+        self._again: dict[tuple[str, Any], tuple[str, tuple[Any, ...]]] = {}  # calls that a new engine needs, too
+
+    # -- engines that come and go
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether nothing serves it just now."""
+        return self._core is None and self.is_attachable
+
+    @property
+    def is_attachable(self) -> bool:
+        """Whether AsyncLLM uses it; where the seam is gone, it has vLLM's own client."""
+        return self._last is not None
+
+    def attach(self, core: Any) -> None:
+        """Be served by ``core``, a client that vLLM made, from now on."""
+        self._core = self._last = core
+        self._stale, self._refitting = None, False
+        self._gone = asyncio.Event()
+        self._ready.set()
+
+    async def resume(self) -> None:
+        """Give a new engine what it has to know, and send it the requests that wait; returns when all are sent."""
+        core = self._core
+        self._resending = True
+        try:
+            for method, args in list(self._again.values()):
+                await self._call(method, *args)
+            await self._try_suspects()
+            while core is self._core and (waiting := self.journal.waiting()):
+                for entry in waiting:
+                    await self._send(entry)
+        finally:
+            self._resending = False
+
+    def lose(self) -> None:
+        """The engine died: whoever waits for it goes on to wait for the next one."""
+        core, self._core = self._core, None
+        if core is None:
+            return
+        self._ready.clear()
+        self._gone.set()
+        vllm_seams.wake(core)
+        for entry in self.journal.lost():
+            if entry.alone and entry.deaths >= self._settings.max_deaths_per_request:
+                self._quarantine(entry)
+
+    def fail_waiting(self, longer_than: float, error: Callable[[str], Exception]) -> None:
+        """End all requests that wait for an engine for at least ``longer_than`` seconds, with ``error(id)``."""
+        for entry in self.journal.waiting(longer_than):
+            self._end(entry, error(_shown(entry)))
+
+    def go_stale(self, error: EngineStaleError) -> None:
+        """End every request with ``error``, now and until the weights that were changed are there again."""
+        self._stale = error
+        self._fail_all(error)
+
+    def close(self, error: BackendError) -> None:
+        """There will be no engine any more: every request, now and later, ends with ``error``."""
+        self._error = error
+        self.resources.engine_dead = True
+        self._fail_all(error)
+        self._ready.set()
+
+    def _fail_all(self, error: BackendError) -> None:
+        for entry in self.journal:
+            self._end(entry, type(error)(str(error)))
+
+    async def _try_suspects(self) -> None:
+        """Have those requests at which engines died again and again go on one after the other, each alone."""
+        for entry in self.journal.waiting():
+            if entry.deaths < self._settings.max_deaths_per_request or self._core is None:
+                continue
+            await self._send(entry)
+            ends = [asyncio.ensure_future(event.wait()) for event in (entry.advanced, self._gone)]
+            try:
+                timeout = self._settings.hang_timeout + TRIAL_MARGIN
+                await asyncio.wait(ends, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for end in ends:
+                    end.cancel()
+
+    def _quarantine(self, entry: Entry) -> None:
+        message = (
+            f"The request {_shown(entry)} was refused: the vLLM engine of {self._name} died {entry.deaths} times in a "
+            "row while it worked on it, the last time on nothing else; change the request before you send it again."
+        )
+        logger.error("%s", message)
+        self._end(entry, RequestQuarantinedError(message))
+
+    def _end(self, entry: Entry, error: Exception) -> None:
+        self.journal.close((entry.id,))
+        self._fail(entry.id, error)
+
+    # -- what AsyncLLM asks for
+
+    async def add_request_async(self, request: Any) -> None:
+        refused = self._error or self._stale
+        if refused is not None:
+            raise type(refused)(str(refused))
+        entry = self.journal.open(request)
+        if self._core is not None and not self._resending:
+            await self._send(entry)
+
+    async def _send(self, entry: Entry) -> None:
+        core = self._core
+        if core is None or entry not in self.journal:
+            return
+        try:
+            request = resume.continuation(entry.request, entry.tokens, vllm_seams.GRAMMAR.present())
+            self._accept_inexact(entry)
+        except CannotResumeError as error:
+            self._end(entry, error)
+            return
+        entry.sent()
+        try:
+            await core.add_request_async(request)
+        except vllm_seams.engine_dead_errors():
+            self._found_dead(core)
+        except Exception as error:  # this request's alone
+            self._end(entry, error)
+
+    def _accept_inexact(self, entry: Entry) -> None:
+        why = resume.inexact(entry.request, entry.tokens)
+        if why is None:
+            return
+        if self._settings.resume_inexact == "fail":
+            raise CannotResumeError(
+                f"The engine died after the request {_shown(entry)} had begun, and it cannot go on exactly: {why}; "
+                "send it again, or launch with resume_inexact=continue."
+            )
+        logger.warning("The request %s goes on after the engine's death, but not exactly: %s", _shown(entry), why)
+        self._on_inexact(_shown(entry), why)
+
+    async def abort_requests_async(self, request_ids: list[str]) -> None:
+        self.journal.close(request_ids)
+        if self._core is not None:
+            try:
+                await self._core.abort_requests_async(request_ids)
+            except vllm_seams.engine_dead_errors():  # then they have ended
+                pass
+
+    async def get_output_async(self) -> Any:
+        while True:
+            await self._ready.wait()
+            core = self._core
+            if self._error is not None:  # all requests have ended, and AsyncLLM's shutdown cancels who waits here
+                await asyncio.get_running_loop().create_future()
+            try:
+                outputs = await core.get_output_async()
+            except Exception as error:  # whatever it is, no more comes from there
+                if core is self._core:
+                    if not isinstance(error, vllm_seams.engine_dead_errors()):
+                        logger.exception("The outputs of the vLLM engine of %s cannot be read", self._name)
+                    self._found_dead(core)
+                continue
+            if core is self._core:
+                self.journal.deliver(outputs.outputs)
+                return outputs
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        if self._last is not None:
+            self._last.shutdown(timeout=timeout)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return functools.partial(self._call, name) if name.endswith("_async") else getattr(self._last, name)
+
+    async def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Have the engine carry out a utility; one that asks is asked again when the engine died over it.
+
+        Raises:
+            EngineDiedError: the engine died before it answered one that does more than ask.
+        """
+        while True:
+            core = await self._engine()
+            call = asyncio.ensure_future(getattr(core, name)(*args, **kwargs))
+            gone = asyncio.ensure_future(self._gone.wait())
+            try:
+                await asyncio.wait((call, gone), return_when=asyncio.FIRST_COMPLETED)
+                if call.done():
+                    answer = call.result()
+                    self._remember(name, args)
+                    return answer
+            except vllm_seams.engine_dead_errors():
+                self._found_dead(core)
+            finally:
+                call.cancel()
+                gone.cancel()
+            if not _QUESTION.match(name):
+                raise EngineDiedError(
+                    f"The vLLM engine of {self._name} died during {name.removesuffix('_async')}, which may be half "
+                    "done; ask again when it is restarted."
+                )
+
+    def _remember(self, name: str, args: tuple[Any, ...]) -> None:
+        """Note what was carried out, if a new engine would not know it."""
+        if name == "add_lora_async":
+            self._again["lora", args[0].lora_int_id] = name, args
+        elif name == "remove_lora_async":
+            self._again.pop(("lora", args[0]), None)
+        elif name == "set_weight_version_async":
+            self._again["version", None] = name, args
+        elif name == "collective_rpc_async":
+            method = getattr(args[0], "__name__", str(args[0]))
+            if _CHANGES_WEIGHTS.match(method):
+                self._weights_changed(method)
+
+    def _weights_changed(self, method: str) -> None:
+        self.changed_weights = method
+        if self._stale is None:
+            return
+        if method.startswith("start_"):
+            self._refitting = True
+        elif method.startswith("finish_") or not self._refitting:
+            self._stale, self._refitting = None, False
+            self._on_refit(method)
+
+    async def _engine(self) -> Any:
+        await self._ready.wait()  # bounded by those who restart it: they attach another or close this
+        if self._error is not None:
+            raise type(self._error)(str(self._error))
+        return self._core
+
+    def _found_dead(self, core: Any) -> None:
+        if self.on_dead is None:  # nobody would bring another
+            self.resources.engine_dead = True
+            raise next(iter(vllm_seams.engine_dead_errors()), EngineDiedError)()
+        if core is self._core:
+            self.lose()
+            self.on_dead()
+
+
+def _shown(entry: Entry) -> str:
+    """The id by which the client knows it."""
+    return entry.request.external_req_id or entry.id

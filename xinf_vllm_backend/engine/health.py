@@ -1,0 +1,80 @@
+"""When is an engine hung: it gives no sign of life, and none of work, for ``hang_timeout`` seconds.
+
+A sign of life is any output and any answer to a heartbeat. An engine answers between two steps; a step may be long (a
+large prefill, a first compilation), so that Workers that are computing count as a sign too, up to ``WORK_LIMIT`` times
+as long. This module counts; it asks nobody.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+WORK_LIMIT = 10  # hang_timeouts for which computing alone counts as work: an endless loop computes too
+BUSY = 0.05  # share of one core; a process that waits for another one of the engine was seen to use up to 0.015
+SLACK = 2.0  # looks: what one may come late before the lateness is taken for ours and not for the engine's
+
+
+class HangClock:
+    """For how long an engine has been silent, as seen by looking at it about every ``interval`` seconds.
+
+    Time in which nobody looked does not count: this process may have been held up, or the whole machine.
+
+    Args:
+        hang_timeout: seconds of silence that make a hang.
+        interval: seconds between two looks.
+        clock: seconds.
+    """
+
+    def __init__(self, hang_timeout: float, interval: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._hang_timeout = hang_timeout
+        self._longest_look = SLACK * interval
+        self._clock = clock
+        self.heard()
+
+    def heard(self) -> None:
+        """The engine gave a sign of life."""
+        self._looked = self._clock()
+        self.silent = self.unanswered = 0.0  # seconds without any sign, and without one but work
+
+    def look(self, works: bool) -> bool:
+        """Count the time since the last look.
+
+        Args:
+            works: whether the engine was seen computing since.
+
+        Returns:
+            Whether the engine is hung.
+        """
+        now = self._clock()
+        passed = min(now - self._looked, self._longest_look)
+        self._looked = now
+        self.unanswered += passed
+        self.silent = 0.0 if works and self.unanswered < WORK_LIMIT * self._hang_timeout else self.silent + passed
+        return self.silent >= self._hang_timeout
+
+
+class Workload:
+    """Whether processes compute, from the seconds of CPU that each has used.
+
+    Args:
+        clock: seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._before: tuple[float, Mapping[int, float]] = (clock(), {})
+
+    def all_busy(self, used: Mapping[int, float]) -> bool:
+        """Whether every one of the processes computed since the last call.
+
+        Of several Workers the one that hangs is idle, and the others may spin while they wait for it.
+
+        Args:
+            used: seconds of CPU used so far, by pid.
+        """
+        now = self._clock()
+        since, before = self._before
+        self._before = (now, dict(used))
+        least = BUSY * (now - since)
+        return bool(used) and all(pid in before and seconds - before[pid] > least for pid, seconds in used.items())

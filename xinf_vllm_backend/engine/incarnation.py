@@ -1,0 +1,280 @@
+"""One set of engine processes: EngineCore, its Workers and its coordinator; started once, watched, and ended once."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing.connection
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from enum import Enum
+from types import MappingProxyType
+from typing import Any
+
+from ..errors import BackendError, EngineStartError, EngineStartTimeoutError, EngineStoppedError
+from ..process.bootstrap import Family
+from ..process.context import EngineContext
+from ..process.exits import describe_exit
+from ..process.launch_lock import DeviceLocks, launch_lock
+from ..process.leftovers import Leftovers
+from ..process.output import OutputTail
+from ..settings import Settings
+from . import diagnosis, preload, vllm_seams
+
+logger = logging.getLogger("xinference.vllm_backend")
+
+EXIT_TIMEOUT = 0.5  # seconds that a dead engine's processes have to end by themselves
+KILL_TIMEOUT = 5.0  # seconds until a SIGKILLed process is given up as unkillable
+LOCK_MARGIN = 1.0  # seconds before load_timeout in which a launch that waits for others can still say for whom
+REMOVE_TIMEOUT = 2.0  # seconds until files of a dead engine are left to the janitor
+
+
+class Phase(str, Enum):
+    """What a launch is doing, in the order it does it."""
+
+    ENVIRONMENT = "environment"
+    CONFIGURATION = "engine configuration"
+    PROCESSES = "processes"
+    WEIGHTS = "weights"
+    PROFILING = "memory profiling"
+    WARM_UP = "warm-up"
+    READY = "ready"
+
+
+class Incarnation:
+    """The processes of one engine, from their start to their end.
+
+    Args:
+        name: what to call the engine in threads, logs and errors.
+        engine_args: a ``vllm.AsyncEngineArgs``.
+        settings: the options of the model.
+        on_phase: called, from several threads, with each phase of the start.
+        on_line: called, from several threads, with each line that the processes print.
+        environment: variables of this engine alone, such as its devices; for its processes, and for vLLM while it
+            configures the engine here.
+        on_loss: called, from several threads, when a descendant was reported to have ended badly.
+
+    Attributes:
+        client: vLLM's client of EngineCore, once that is ready.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        engine_args: Any,
+        settings: Settings,
+        on_phase: Callable[[Phase], None] = lambda phase: None,
+        on_line: Callable[[str], None] = lambda line: None,
+        environment: Mapping[str, str] = MappingProxyType({}),
+        on_loss: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.name = name
+        self.client: Any = None
+        self._engine_args = engine_args
+        self._settings = settings
+        self._on_phase = on_phase
+        self._made: Any = None
+        self._phase = Phase.ENVIRONMENT
+        self._deadline = 0.0
+        self._woken = threading.Event()  # loaded, failed or stopped
+        self._stopping = threading.Event()
+        self._stop_lock = threading.Lock()
+        self._leftovers: Leftovers | None = None
+        self._tail = OutputTail(on_line=on_line)
+        self._context = EngineContext(
+            environment,
+            vllm_seams.prepare_child,
+            self._child_started,
+            self._tail,
+            self._report,
+            find_zygote=lambda: preload.zygote_client(settings.engine_start_method),
+            own=vllm_seams.own_ports,
+            on_loss=on_loss,
+        )
+
+    # -- start
+
+    def start(self, make: Callable[[], Any], since: float | None = None) -> Any:
+        """Call ``make`` on a thread of its own and wait until it returns, ``load_timeout`` seconds at most.
+
+        Args:
+            make: starts the engine, by one of vLLM's classes, and returns when it is ready.
+            since: ``time.monotonic()`` from which the time counts; by default now.
+
+        Returns:
+            What ``make`` returned.
+
+        Raises:
+            EngineStartTimeoutError: it was not ready in time.
+            EngineStoppedError: it was stopped while it started.
+            EngineStartError: anything else, with the root cause.
+        """
+        self._deadline = (time.monotonic() if since is None else since) + self._settings.load_timeout
+        preload.start_zygote(self._settings.engine_start_method, self._engine_args.model)
+        failures: list[BaseException] = []
+
+        def load() -> None:
+            try:
+                self._load(make)
+            except BaseException as error:  # handed to the thread that waits
+                failures.append(error)
+            finally:
+                self._woken.set()
+
+        threading.Thread(target=load, name=f"vllm-engine-loader-{self.name}", daemon=True).start()
+        in_time = self._woken.wait(self._left())
+        if in_time and not failures and not self._stopping.is_set():
+            self._enter(Phase.READY)
+            return self._made
+        was_stopped = self._stopping.is_set()
+        self.stop()
+        if was_stopped:
+            raise EngineStoppedError(f"The vLLM engine of {self.name} was stopped while it was starting.")
+        if not in_time:
+            said = diagnosis.last_words(self._tail.lines())
+            raise EngineStartTimeoutError(
+                f"The vLLM engine of {self.name} was not ready after {self._settings.load_timeout:g} s and was stopped "
+                f"in the phase {self._phase.value!r}; raise load_timeout if the model needs longer."
+                + (f" It last said: {said}" if said else "")
+            )
+        if isinstance(failures[0], EngineStartError):  # a lock that was not to be had
+            raise failures[0]
+        raise EngineStartError(self._start_failure(failures[0]))
+
+    def _load(self, make: Callable[[], Any]) -> None:
+        devices = vllm_seams.devices(self._engine_args, self._settings.device_locks)
+        with contextlib.ExitStack() as held:
+            # Devices before the lock: whoever holds the lock waits for nobody.
+            locks = held.enter_context(DeviceLocks(devices, self.name))
+            locks.acquire(self._left(LOCK_MARGIN), self._stopping)
+            launch = held.enter_context(launch_lock.hold(self.name, self._left(LOCK_MARGIN), self._stopping))
+            held.enter_context(vllm_seams.starts_from(self._context, launch.release))
+            self._leave_together()
+            self._enter(Phase.CONFIGURATION)
+            self._made = make()
+        self._tail.clear()  # what was said until now explains no later death
+
+    def _leave_together(self) -> None:
+        """Have all that this engine may leave behind marked and removed with its last process."""
+        with self._stop_lock:
+            if self._stopping.is_set():
+                raise EngineStoppedError(f"The launch of {self.name} was stopped.")
+            self._leftovers = leftovers = Leftovers(vllm_seams.rpc_base())
+        self._context.family = Family(mark=leftovers.mark, alive=leftovers.alive)
+        os.environ.update(vllm_seams.rpc_directory(leftovers.directory))  # on this thread
+
+    def _left(self, margin: float = 0.0) -> float:
+        return max(0.0, self._deadline - margin - time.monotonic())
+
+    def _enter(self, phase: Phase) -> None:
+        self._phase = phase
+        self._on_phase(phase)
+
+    def _child_started(self, name: str) -> None:
+        if name != vllm_seams.INSPECTION_PROCESS:
+            self._enter(Phase.PROCESSES)
+
+    def _report(self, message: str) -> None:
+        if self._made is None:  # a phase after READY is of no interest
+            self._enter(Phase(message))
+
+    def _start_failure(self, error: BaseException) -> str:
+        cause = diagnosis.describe(error)
+        self._context.await_output(EXIT_TIMEOUT)
+        if any(child.exitcode for child in self._context.children):  # a child failed, so it knows better
+            cause = diagnosis.root_cause(self._tail.lines()) or self._how_children_ended() or cause
+        return f"The vLLM engine of {self.name} failed to start: {cause}"
+
+    # -- watch
+
+    def is_dead(self) -> bool:
+        """Whether one of the processes ended or vLLM says that the engine is dead; False while it was never ready."""
+        # A lost Worker is enough: vLLM waits for the others, which wait for that one, before it reports itself dead.
+        return self._made is not None and (
+            bool(self._context.lost)
+            or any(child.exitcode is not None for child in self._serving())
+            or vllm_seams.is_dead(self.client)
+        )
+
+    def seconds_of_cpu(self) -> dict[int, float]:
+        """Of each process that computes, by pid, how many it and those that it started have used so far."""
+        return self._context.tree.seconds_of_cpu(vllm_seams.WORKER) or self._context.tree.seconds_of_cpu()
+
+    def processes(self) -> list[dict[str, Any]]:
+        """The engine's living processes: pid and title of each."""
+        return self._context.tree.describe()
+
+    def death(self) -> str:
+        """How the engine died, in a sentence with the root cause where one is known; blocks for up to a second."""
+        how = self._how_it_ended()
+        self._context.await_output(EXIT_TIMEOUT)
+        return self._death(how)
+
+    def _how_it_ended(self) -> str:
+        if not self._context.lost:  # vLLM reports itself dead a moment before its processes have ended
+            multiprocessing.connection.wait([child.sentinel for child in self._serving()], EXIT_TIMEOUT)
+        return ", ".join(self._context.lost) or self._how_children_ended() or "it reported itself dead"
+
+    def _death(self, how: str) -> str:
+        cause = diagnosis.root_cause(self._tail.lines())
+        if cause in self._context.lost:
+            cause = None
+        return f"The vLLM engine of {self.name} died: {how}" + (f"; {cause}" if cause else "")
+
+    def _serving(self) -> list[Any]:
+        return [child for child in self._context.children if child.name != vllm_seams.INSPECTION_PROCESS]
+
+    def _how_children_ended(self) -> str | None:
+        ended = [child for child in self._serving() if child.exitcode is not None]
+        return ", ".join(describe_exit(c.name, c.pid, c.exitcode) for c in ended) or None
+
+    # -- stop
+
+    def end(self, hung: str = "") -> str:
+        """End what is left of a dead or hung engine. Blocks for some seconds at most.
+
+        Args:
+            hung: a sentence that says how it hangs; "" for one that died.
+
+        Returns:
+            A sentence that says how it ended, with the root cause where one is known.
+        """
+        how = "" if hung else self._how_it_ended()  # before the rest of it is killed
+        try:
+            self.stop()
+            self.client.shutdown(timeout=0)
+        except Exception as error:  # nothing of this may keep the next one from being started
+            logger.exception("What is left of the vLLM engine of %s could not be ended: %s", self.name, error)
+        self._context.await_output(EXIT_TIMEOUT)
+        return hung or self._death(how)
+
+    def stop(self, shut_down: Callable[[], None] | None = None, timeout: float = 0.0) -> None:
+        """End the processes in whatever state they are; idempotent. Blocks, so never call it on an event loop.
+
+        Args:
+            shut_down: begins an orderly end of a living engine, and returns when it has ended.
+            timeout: seconds for that; what is left then is killed.
+
+        Raises:
+            BackendError: a process survived SIGKILL for 5 s.
+        """
+        self._stopping.set()
+        self._woken.set()
+        self._context.seal()
+        with self._stop_lock:
+            if self.is_dead():  # what is left of it would use up the time
+                self._context.tree.kill(KILL_TIMEOUT)
+            if shut_down is not None and timeout > 0:
+                orderly = threading.Thread(target=shut_down, name="vllm-engine-shutdown", daemon=True)
+                orderly.start()
+                orderly.join(timeout)
+            left = self._context.tree.kill(KILL_TIMEOUT)
+            for child in self._context.children:
+                child.join(KILL_TIMEOUT)  # reap it
+            if self._leftovers is not None:
+                self._leftovers.remove(REMOVE_TIMEOUT)
+        if left:
+            pids = ", ".join(str(process.pid) for process in left)
+            raise BackendError(f"Processes of the vLLM engine of {self.name} could not be killed: pid {pids}")

@@ -1,0 +1,122 @@
+"""The requests in flight: what each asked for, and the tokens that it has been given.
+
+An entry lives from the moment a request is handed to the engine until its last output, its abort or its failure, so
+that the journal is as large as what is in flight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+# Tokens after which a death is no longer held against a request that also saw the last one: what kills an engine each
+# time does so where it did before, give or take the steps whose outputs were lost with it.
+PROGRESS = 4
+
+
+@dataclass(eq=False)
+class Entry:
+    """One request; of ``n`` > 1 each child is one.
+
+    Attributes:
+        request: a ``vllm.v1.engine.EngineCoreRequest``, as AsyncLLM made it.
+        since: seconds, by the journal's clock, since when it waits for an engine; None while one works on it.
+        tokens: ids of those it was given.
+        deaths: of engines that worked on it, one soon after the other (see ``PROGRESS``).
+        alone: whether it was all that the engine worked on at the last of them.
+        advanced: set once it was given more since it was sent last, or ended.
+    """
+
+    request: Any
+    since: float | None
+    tokens: list[int] = field(default_factory=list)
+    deaths: int = 0
+    alone: bool = False
+    advanced: asyncio.Event = field(default_factory=asyncio.Event)
+    _given_when_sent: int = 0
+
+    @property
+    def id(self) -> str:
+        return self.request.request_id
+
+    def sent(self) -> None:
+        """An engine works on it from now on."""
+        self.since = None
+        self.advanced.clear()
+        self._given_when_sent = len(self.tokens)
+
+    def given(self, token_ids: Iterable[int]) -> None:
+        self.tokens.extend(token_ids)
+        if self.has_advanced:
+            self.advanced.set()
+
+    @property
+    def has_advanced(self) -> bool:
+        return len(self.tokens) >= self._given_when_sent + PROGRESS
+
+    def lost(self, now: float, alone: bool) -> None:
+        """The engine that worked on it died."""
+        self.deaths = 1 if self.has_advanced else self.deaths + 1
+        self.alone = alone
+        self.since = now
+
+
+class Journal:
+    """All entries, oldest first.
+
+    Args:
+        clock: seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._entries: dict[str, Entry] = {}
+        self.outputs = 0  # batches that were delivered
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(list(self._entries.values()))
+
+    def __contains__(self, entry: Entry) -> bool:
+        return self._entries.get(entry.id) is entry
+
+    def open(self, request: Any) -> Entry:
+        entry = self._entries[request.request_id] = Entry(request, self._clock())
+        return entry
+
+    def deliver(self, outputs: Iterable[Any]) -> None:
+        """Note what is about to be delivered: ``EngineCoreOutput`` s."""
+        self.outputs += 1
+        entries = self._entries
+        for output in outputs:
+            entry = entries.get(output.request_id)
+            if entry is None:
+                continue
+            entry.given(output.new_token_ids)
+            if output.finish_reason is not None:
+                self.close((output.request_id,))
+
+    def close(self, ids: Iterable[str]) -> None:
+        """Forget those that ended."""
+        for request_id in ids:
+            entry = self._entries.pop(request_id, None)
+            if entry is not None:
+                entry.advanced.set()
+
+    def lost(self) -> list[Entry]:
+        """The engine died: all that it worked on wait again, and are returned."""
+        working = [entry for entry in self._entries.values() if entry.since is None]
+        alone = len({entry.request.external_req_id for entry in working}) == 1
+        for entry in working:
+            entry.lost(self._clock(), alone)
+        return working
+
+    def waiting(self, longer_than: float = 0.0) -> list[Entry]:
+        """Those that wait for an engine, for at least ``longer_than`` seconds."""
+        latest = self._clock() - longer_than
+        return [entry for entry in self._entries.values() if entry.since is not None and entry.since <= latest]
