@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import click
 
-from . import events, kills, startup
+from . import events, kills, recovery, startup
 
-benchmarks = click.Group("bench", commands={"events": events.main, "kills": kills.main, "startup": startup.main})
+benchmarks = click.Group(
+    "bench",
+    commands={"events": events.main, "kills": kills.main, "recovery": recovery.main, "startup": startup.main},
+)
 
 if __name__ == "__main__":
     benchmarks()

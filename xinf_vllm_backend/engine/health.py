@@ -55,7 +55,7 @@ class HangClock:
 
 
 class Workload:
-    """Whether processes compute, from the seconds of CPU that each has used.
+    """Whether an engine computes, from the seconds of CPU that its processes have used.
 
     Args:
         clock: seconds.
@@ -63,18 +63,22 @@ class Workload:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._before: tuple[float, Mapping[int, float]] = (clock(), {})
+        self._then = clock()
+        self._before: Mapping[int, float] = {}
 
-    def all_busy(self, used: Mapping[int, float]) -> bool:
-        """Whether every one of the processes computed since the last call.
+    def works(self, workers: Mapping[int, float], others: Mapping[int, float]) -> bool:
+        """Whether every Worker, or any other process of the engine, has computed since the last call.
 
         Of several Workers the one that hangs is idle, and the others may spin while they wait for it.
 
         Args:
-            used: seconds of CPU used so far, by pid.
+            workers: seconds of CPU used so far, by pid.
+            others: the same, of EngineCore above all.
         """
         now = self._clock()
-        since, before = self._before
-        self._before = (now, dict(used))
-        least = BUSY * (now - since)
-        return bool(used) and all(pid in before and seconds - before[pid] > least for pid, seconds in used.items())
+        least = BUSY * (now - self._then)
+        busy = {
+            pid for pid, seconds in {**workers, **others}.items() if seconds - self._before.get(pid, seconds) > least
+        }
+        self._then, self._before = now, {**workers, **others}
+        return not busy.isdisjoint(others) or (bool(workers) and busy.issuperset(workers))

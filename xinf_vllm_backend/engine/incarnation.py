@@ -198,9 +198,9 @@ class Incarnation:
             or vllm_seams.is_dead(self.client)
         )
 
-    def seconds_of_cpu(self) -> dict[int, float]:
-        """Of each process that computes, by pid, how many it and those that it started have used so far."""
-        return self._context.tree.seconds_of_cpu(vllm_seams.WORKER) or self._context.tree.seconds_of_cpu()
+    def seconds_of_cpu(self) -> tuple[dict[int, float], dict[int, float]]:
+        """Of Workers and of all other processes, by pid, how many each and those that it started have used so far."""
+        return self._context.tree.seconds_of_cpu(vllm_seams.WORKER)
 
     def processes(self) -> list[dict[str, Any]]:
         """The engine's living processes: pid and title of each."""

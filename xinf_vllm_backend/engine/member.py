@@ -171,7 +171,7 @@ class EngineMember:
                 elif asked is None or asked.done():
                     hang.heard()
                     asked = asyncio.ensure_future(vllm_seams.ask_sign_of_life(incarnation.client))
-                elif hang.look(workload.all_busy(incarnation.seconds_of_cpu())):
+                elif hang.look(workload.works(*incarnation.seconds_of_cpu())):
                     silent = f"for {self._settings.hang_timeout:g} s it has given no sign of life and done no work"
                     return f"The vLLM engine of {self.name} hangs: {silent}"
                 with contextlib.suppress(asyncio.TimeoutError):
@@ -187,15 +187,12 @@ class EngineMember:
         begun = time.monotonic()
         failures = [await self._meanwhile(asyncio.to_thread(self._current.end, hung))]
         await vllm_seams.release(self._current.client)
-        if not self._client.is_attachable:
-            self._give_up(failures[0])
-            return
-        self.lifecycle.move(State.RESTARTING, failures[0])
-        while self.lifecycle.state is State.RESTARTING:
-            delay = budget.take()
+        while True:
+            delay = budget.take() if self._client.is_attachable else None
             if delay is None:
                 self._give_up(_story(failures))
                 return
+            self.lifecycle.move(State.RESTARTING, failures[0])
             await self._meanwhile(asyncio.sleep(delay))
             try:
                 incarnation = await self._meanwhile(asyncio.to_thread(self._start_again))
@@ -206,6 +203,7 @@ class EngineMember:
                 failures.append(str(error))
             else:
                 self._serve_again(incarnation, f"it was restarted in {time.monotonic() - begun:.1f} s")
+                return
 
     def _start_again(self) -> Incarnation:
         incarnation = self._next_incarnation(lambda phase: None)
@@ -284,6 +282,10 @@ class EngineMember:
         """The engine's living processes: pid and title of each."""
         return [] if self._incarnation is None else self._incarnation.processes()
 
+    def requests(self) -> int:
+        """How many requests are in flight, those that wait for a restart included."""
+        return len(self._client.journal)
+
     # -- stop
 
     def stop(self, timeout: float) -> None:
@@ -308,6 +310,6 @@ class EngineMember:
 def _story(failures: list[str]) -> str:
     """What is said of several failures in a row."""
     first, last = failures[0], failures[-1]
-    if first == last:
-        return f"{first}; it has died too often to be restarted once more"
+    if len(failures) == 1:
+        return first
     return f"{first}; it could not be restarted, in {len(failures) - 1} attempts, the last time because: {last}"

@@ -480,6 +480,8 @@ def explain_request_error(error: BaseException) -> BadRequestError | BackendErro
     if not type(error).__module__.startswith("vllm."):
         return None
     cause = error.__cause__ or error
+    if isinstance(cause, BackendError):
+        return type(cause)(str(cause))
     is_clients = isinstance(cause, ValueError) or type(cause).__name__ == "VLLMValidationError"
     return BadRequestError(str(cause)) if is_clients else BackendError(diagnosis.describe(cause))
 

@@ -14,7 +14,13 @@ from ..engine.member import Phase
 logger = logging.getLogger("xinference.vllm_backend")
 
 TELL_TIMEOUT = 2.0  # seconds; nothing that is told may hold up a load or a recovery
-DEATHS_METRIC = "xinf_vllm_engine_deaths"
+DEATHS, RESTARTS, INEXACT = "xinf_vllm_engine_deaths", "xinf_vllm_engine_restarts", "xinf_vllm_requests_inexact"
+# What each counts; the exporter calls them xinference:NAME_total, without the "xinf_".
+METRICS = {
+    DEATHS: "vLLM engines that died or hung while they served.",
+    RESTARTS: "vLLM engines that came back in place.",
+    INEXACT: "Requests that went on after the death of their engine, but not exactly as they would have.",
+}
 # Xinference's own stages end at 0.82; the phases share the rest. Where each one begins:
 PROGRESS = {
     Phase.ENVIRONMENT: 0.82,
@@ -62,12 +68,16 @@ class ClusterLink:
 
     async def announce_death(self, reason: str) -> None:
         """Tell the cluster why this process is about to end, and count it; waits at most 2 s for each."""
-        labels = {"model_uid": self._model_uid, "replica_index": str(self._replica)}
         await asyncio.gather(
             self.announce(reason, error=True),
             self._tell("last error", self._worker("update_model_status", self._replica_uid, last_error=reason)),
-            self._tell("count", self._worker("record_metrics", DEATHS_METRIC, "inc", {"labels": labels})),
+            self.count(DEATHS),
         )
+
+    async def count(self, metric: str) -> None:
+        """Count one more of ``metric``, one of ``METRICS``."""
+        labels = {"model_uid": self._model_uid, "replica_index": str(self._replica)}
+        await self._tell("count", self._worker("record_metrics", metric, "inc", {"labels": labels}))
 
     async def _tell(self, what: str, telling: Awaitable[Any]) -> None:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import __version__
-from .cluster import DEATHS_METRIC
+from .cluster import METRICS
 
 
 class VLLMBackendExtension:
@@ -56,6 +56,6 @@ def _define_metrics() -> None:
     # Xinference finds a metric by its name in that module; the worker's exporter shows it.
     from xinference.core import metrics
 
-    if not hasattr(metrics, DEATHS_METRIC):
-        counter = metrics.Counter("xinference:vllm_engine_deaths_total", "vLLM engines that died while serving.")
-        setattr(metrics, DEATHS_METRIC, counter)
+    for name, what in METRICS.items():
+        if not hasattr(metrics, name):
+            setattr(metrics, name, metrics.Counter(f"xinference:{name.removeprefix('xinf_')}_total", what))

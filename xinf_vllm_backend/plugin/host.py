@@ -16,10 +16,11 @@ from typing import Any
 from xinference.model.llm.vllm.core import VLLMModel
 
 from ..engine import diagnosis, preload, vllm_seams
+from ..engine.lifecycle import Move, State
 from ..engine.member import EngineMember, Phase
 from ..errors import BackendError, BadLaunchArgumentError, BadRequestError, EngineStartError, EngineStoppedError
 from ..settings import Settings
-from . import arrival, cpu, deaths, engine_log
+from . import arrival, cluster, cpu, deaths, engine_log
 from .cluster import ClusterLink
 
 logger = logging.getLogger("xinference.vllm_backend")
@@ -128,12 +129,19 @@ class HostedModel(VLLMModel):
         with self._readable_errors():
             super().wait_for_load()
         past = deaths.of(self.raw_model_uid)
-        if past and self._link is not None:
-            back = f"The model {self.raw_model_uid} serves again, after this: {past[-1]['reason']}"
-            asyncio.run_coroutine_threadsafe(self._link.announce(back), self._loop)
+        if past:
+            self._announce(f"The model {self.raw_model_uid} serves again, after this: {past[-1]['reason']}")
 
     def _make_member(self, engine_args: Any) -> EngineMember:
-        return EngineMember(self.raw_model_uid, engine_args, self._settings, self._show, engine_log.write)
+        return EngineMember(
+            self.raw_model_uid,
+            engine_args,
+            self._settings,
+            self._show,
+            engine_log.write,
+            on_move=self._moved,
+            on_inexact=lambda request_id, why: self._count(cluster.INEXACT),
+        )
 
     def _sanitize_model_config(self, model_config: Any) -> Any:
         config = super()._sanitize_model_config(model_config)
@@ -202,6 +210,11 @@ class HostedModel(VLLMModel):
 
     async def _check_healthy(self, interval: float = 30) -> None:
         """Created as a task by ``wait_for_load``, cancelled by ``stop``; ``interval`` is upstream's and not used."""
+        engine = self._engine
+        if isinstance(engine, EngineMember):
+            if await engine.watch():
+                await self.engine_died()
+            return
         while not self._engine_is_dead():
             await asyncio.sleep(self._settings.health_interval)
         await self.engine_died()
@@ -211,6 +224,27 @@ class HostedModel(VLLMModel):
         if self._stop_requested or engine is None:
             return False
         return engine.is_dead() if isinstance(engine, EngineMember) else bool(engine.errored)
+
+    def _moved(self, move: Move) -> None:
+        """Tell the cluster of an engine that is restarted in place, and that it is back."""
+        name = self.raw_model_uid
+        if move.state is State.RESTARTING:
+            deaths.record(name, move.reason)
+            self._count(cluster.DEATHS)
+            self._announce(f"{move.reason}. It is being restarted in place, and requests wait for it.", error=True)
+        elif move.state is State.STALE:
+            self._announce(f"The vLLM engine of {name} does not serve: {move.reason}.", error=True)
+        elif move.state is State.READY and move.previous is not State.STARTING:
+            self._count(cluster.RESTARTS)
+            self._announce(f"The vLLM engine of {name} serves again: {move.reason}.")
+
+    def _announce(self, text: str, *, error: bool = False) -> None:
+        if self._link is not None:
+            asyncio.run_coroutine_threadsafe(self._link.announce(text, error=error), self._loop)
+
+    def _count(self, metric: str) -> None:
+        if self._link is not None:
+            asyncio.run_coroutine_threadsafe(self._link.count(metric), self._loop)
 
     def is_stopping(self) -> bool:
         return self._stop_requested
@@ -228,7 +262,7 @@ class HostedModel(VLLMModel):
         engine = self._engine
         how = f"The vLLM engine of {self.raw_model_uid} died"
         if isinstance(engine, EngineMember):
-            how = await asyncio.to_thread(engine.death)
+            how = engine.failure or await asyncio.to_thread(engine.death)
         reason = f"{how}. The model process ends so that Xinference starts the model again."
         logger.error("%s", reason)
         await self._attempt(asyncio.to_thread(deaths.record, self.raw_model_uid, reason))
@@ -251,14 +285,27 @@ class HostedModel(VLLMModel):
         past = deaths.of(self.raw_model_uid)
         return {
             "replica": self.raw_model_uid,
-            "state": "stopped" if self._stop_requested else "dead" if self._engine_is_dead() else "ready",
+            **(self._of_ours(engine) if ours else {"state": self._state_of_upstreams(), "processes": []}),
             "pid": os.getpid(),
             "python": sys.executable,
-            "processes": engine.processes() if ours else [],
             "zygote": preload.zygote_pid(),
             "settings": self._settings.model_dump(),
             "deaths": len(past),
             "last_error": past[-1] if past else None,
+        }
+
+    def _state_of_upstreams(self) -> str:
+        return "stopped" if self._stop_requested else "dead" if self._engine_is_dead() else "ready"
+
+    @staticmethod
+    def _of_ours(engine: EngineMember) -> dict[str, Any]:
+        moves = engine.lifecycle.history
+        return {
+            "state": engine.lifecycle.state.value,
+            "reason": moves[-1].reason if moves else "",
+            "restarts": engine.restarts,
+            "requests": engine.requests(),
+            "processes": engine.processes(),
         }
 
     # -- stop

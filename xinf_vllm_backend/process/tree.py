@@ -42,19 +42,19 @@ class ProcessTree:
                 found.append({"pid": process.pid, "title": " ".join(process.cmdline()).strip() or process.name()})
         return found
 
-    def seconds_of_cpu(self, title: str = "") -> dict[int, float]:
-        """Seconds of CPU that each process has used, by pid, with what those that it started use.
+    def seconds_of_cpu(self, title: str) -> tuple[dict[int, float], dict[int, float]]:
+        """Seconds of CPU that each process has used, by pid; of those with ``title`` in their title, and of the others.
 
-        Args:
-            title: of the processes that are asked for, or a part of it; by default all.
+        What a process starts that was not recorded counts as its own.
         """
-        found = {}
+        titled: dict[int, float] = {}
+        others: dict[int, float] = {}
         for process in self.alive():
             with contextlib.suppress(psutil.NoSuchProcess):
-                if title in " ".join(process.cmdline()):
-                    family = (process, *process.children(recursive=True))
-                    found[process.pid] = sum(_seconds_of_cpu(member) for member in family)
-        return found
+                helpers = [child for child in process.children(recursive=True) if child not in self._known]
+                used = sum(map(_seconds_of_cpu, (process, *helpers)))
+                (titled if title in " ".join(process.cmdline()) else others)[process.pid] = used
+        return titled, others
 
     def kill(self, timeout: float) -> list[psutil.Process]:
         """SIGKILL all that was recorded, with descendants that came since, and wait up to ``timeout`` seconds.
@@ -85,7 +85,7 @@ def _await_end(process: psutil.Process, deadline: float) -> None:
 
 def _seconds_of_cpu(process: psutil.Process) -> float:
     with contextlib.suppress(psutil.NoSuchProcess):
-        return sum(process.cpu_times()[:2])
+        return sum(process.cpu_times()[:4])  # its own and that of children that have ended
     return 0.0
 
 

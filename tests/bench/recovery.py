@@ -1,0 +1,400 @@
+"""How requests get over the death of an engine, stock Xinference beside this package; prints Markdown tables.
+
+Real clusters, one after the other, alternating, with the tiny model: ``tox -e bench -- recovery --rounds 1``. Then
+requests while engines of this package are killed again and again, and, without a cluster, what the package costs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import multiprocessing
+import os
+import signal
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import openai
+import psutil
+
+from xinf_vllm_backend.demo.cluster import Cluster, wait_until
+from xinf_vllm_backend.demo.tiny_model import make_tiny_model
+
+from . import report
+from .chaos import FAULTS, LAUNCH, MODEL_PROCESS, Faults, Traffic, clock, launch, references, show, table, victims
+from .engines import KV_CACHE, OFFLINE, REQUESTS, TOKENS
+from .launches import STOCK
+from .report import Samples, Table
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+PARTS = ("faults", "requests", "overhead")
+SIDES = ("stock", "ours")
+CLIENTS = (1, 32)
+# The model process comes last of each: stock's engine outlives it.
+DRAWN = ("SIGKILL EngineCore", "SIGKILL Worker", "SIGSTOP EngineCore", MODEL_PROCESS)
+HANG = ("--hang_timeout", "5")
+OURS = (*HANG, "--max_restarts", "50")
+REQUESTS_OURS = (*OURS, "--restart_refill", "5", "--max_deaths_per_request", "20")
+LENGTH = 1900  # tokens of a stream, about all that the tiny model has room for: it has to be running at the fault
+BOUND = 120.0  # seconds after which "never" is said
+STOPPED = 40.0  # seconds; the same for stock whose EngineCore is stopped, which is continued then
+RESEND = 0.2  # seconds from a refusal to the next try
+BACK = 180.0  # seconds until a side has to answer after a fault
+RUN = 1800.0  # seconds that all requests of the second part may take
+LEAST, MEAN = 4.0, 5.0  # seconds between two kills there
+KILLS = ("SIGKILL EngineCore", "SIGKILL Worker")
+SHAPES = ("short", "long")
+BATCHES = 24  # of one round of throughput: some seconds
+
+MEDIAN, WORST, FIRST, FAILED, NEVER = "median", "worst", "first answer", "failed", "never"
+THROUGHPUT = f"{REQUESTS} requests x {TOKENS} tokens, greedy"
+NOTES = f"""\
+Seconds from the signal, at which all streams ran. A stream goes on with the chunk after its longest silence from then
+on: what was on its way at the signal comes first. "Never": it failed, or was silent until the end, after
+{BOUND:g} s ({STOPPED:g} s where stock's EngineCore is stopped, which is continued then). The first answer is that of a
+new request, sent at the signal and again {RESEND:g} s after each refusal. Ours is launched with `{" ".join(OURS)}`,
+stock with the sizes without which it does not start on a CPU; both with `{" ".join(LAUNCH)}`.
+"""
+
+# -- one fault
+
+
+@dataclass
+class Stream:
+    """A greedy stream, read by a thread of its own.
+
+    Attributes:
+        chunks: when each came, by time.monotonic().
+        failed: it ended, with an error or without a finish_reason; None while it runs.
+    """
+
+    client: OpenAI
+    number: int
+    chunks: list[float] = field(default_factory=list)
+    failed: bool | None = None
+
+    def read(self) -> None:
+        finish = None
+        with contextlib.suppress(Exception):  # whatever it is, the stream has no end
+            chunks = self.client.completions.create(
+                model="tiny", prompt=f"The keeper {self.number}", max_tokens=LENGTH, temperature=0, stream=True
+            )
+            for chunk in chunks:
+                self.chunks.append(time.monotonic())
+                finish = chunk.choices[0].finish_reason if chunk.choices else finish
+        self.failed = finish is None
+
+    def goes_on(self, since: float, until: float) -> float:
+        """Seconds from ``since`` to the chunk after the longest silence; infinite if none came before ``until``."""
+        if self.failed:
+            return math.inf
+        times = [since, *(chunk for chunk in self.chunks if since < chunk < until)]
+        silence, end = max(((b - a, b) for a, b in pairwise(times)), default=(0.0, since))
+        return math.inf if self.failed is None and until - times[-1] > silence else end - since
+
+
+@dataclass
+class Newcomer:
+    """A request that is sent at the fault and again after each refusal; ``after`` is seconds, None while it waits."""
+
+    client: OpenAI
+    since: float
+    bound: float
+    after: float | None = None
+
+    def ask(self) -> None:
+        while (left := self.since + self.bound - time.monotonic()) > 0:
+            try:
+                self.client.completions.create(model="tiny", prompt="a", max_tokens=2, temperature=0, timeout=left)
+            except openai.OpenAIError:
+                time.sleep(RESEND)
+            else:
+                self.after = time.monotonic() - self.since
+                return
+        self.after = math.inf
+
+
+def strike(cluster: Cluster, clients: int, fault: str, bound: float) -> dict[str, float]:
+    """What ``fault`` does to ``clients`` streams and to a new request, by the names above; ``bound`` in seconds.
+
+    Raises:
+        TimeoutError: the model did not serve before it, or not all streams ran.
+    """
+    wait_until(lambda: _answers(cluster), BACK, "an answer before the fault")
+    kind, how = FAULTS[fault]
+    with cluster.openai(timeout=BOUND) as client:
+        streams = [Stream(client, number) for number in range(clients)]
+        readers = [threading.Thread(target=stream.read, daemon=True) for stream in streams]
+        for reader in readers:
+            reader.start()
+        wait_until(lambda: all(stream.chunks for stream in streams), BOUND, "all streams to run")
+        if over := sum(stream.failed is not None for stream in streams):
+            raise RuntimeError(f"{over} of {clients} streams ended before the fault")
+        engine = cluster.engine_processes()
+        victim = max(victims(cluster, kind), key=psutil.Process.create_time)
+        since = time.monotonic()
+        victim.send_signal(how)
+        newcomer = Newcomer(client, since, bound)
+        readers.append(threading.Thread(target=newcomer.ask, daemon=True))
+        readers[-1].start()
+        with contextlib.suppress(TimeoutError):
+            wait_until(lambda: not any(reader.is_alive() for reader in readers), bound, "all to end")
+        until = time.monotonic()
+        goes_on = [stream.goes_on(since, until) for stream in streams]
+        failed = sum(bool(stream.failed) for stream in streams)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.send_signal(signal.SIGCONT)
+        for reader in readers:
+            reader.join(max(0.0, until + BOUND - time.monotonic()))
+    if fault == MODEL_PROCESS:
+        for orphan in engine:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                orphan.kill()
+    first = math.inf if newcomer.after is None else newcomer.after
+    return {MEDIAN: statistics.median(goes_on), WORST: max(goes_on), FIRST: first, FAILED: 100 * failed / clients}
+
+
+def _answers(cluster: Cluster) -> bool:
+    with cluster.openai(timeout=10.0) as client, contextlib.suppress(openai.OpenAIError):
+        return bool(client.completions.create(model="tiny", prompt="a", max_tokens=2).choices)
+    return False
+
+
+def measure_faults(samples: Samples, model: Path, rounds: int, faults: Sequence[str]) -> None:
+    for number in range(rounds):
+        for side in SIDES[::-1] if number % 2 else SIDES:
+            with Cluster() if side == "ours" else Cluster(extension=None) as cluster:
+                launch(cluster, model, *LAUNCH, *(OURS if side == "ours" else STOCK))
+                for clients in CLIENTS:
+                    for fault in faults:
+                        _say(f"round {number + 1}, {side}: {fault}, {clients} streams")
+                        stopped = FAULTS[fault][1] == signal.SIGSTOP and side == "stock"
+                        for what, value in strike(cluster, clients, fault, STOPPED if stopped else BOUND).items():
+                            samples.add(f"{fault}, {clients}: {what}", side, value)
+
+
+def faults_markdown(samples: Samples, faults: Sequence[str]) -> str:
+    head = "| fault | streams | side | a stream goes on: median | worst | first answer | failed |"
+    lines = [head, "|--" * 7 + "|"]
+    for fault in faults:
+        for clients in CLIENTS:
+            for side in SIDES:
+                series = [samples.of(f"{fault}, {clients}: {what}", side) for what in (MEDIAN, WORST, FIRST, FAILED)]
+                if all(series):
+                    figures = [*map(_seconds, series[:-1]), report.figure(series[-1], "%")]
+                    lines.append(f"| {fault} | {clients} | {side} | {' | '.join(figures)} |")
+    return "\n".join(["## One fault", "", NOTES, *lines, ""])
+
+
+def _seconds(values: Sequence[float]) -> str:
+    """The median of the rounds with its spread, and how many rounds had none."""
+    finite = [value for value in values if value < math.inf]
+    if not finite:
+        return NEVER
+    never = f", {NEVER} in {len(values) - len(finite)} of {len(values)}" if len(finite) < len(values) else ""
+    return report.figure(finite, "s") + never
+
+
+# -- many requests
+
+
+def many_requests(model: Path, count: int, seed: int) -> str:
+    """A table of what became of ``count`` requests while engines are killed."""
+    with Cluster() as cluster:
+        launch(cluster, model, *LAUNCH, *REQUESTS_OURS)
+        with cluster.openai(timeout=BOUND) as client:
+            _say("what each request answers, undisturbed")
+            expected = references(client, table(SHAPES), 2, CLIENTS[-1])
+            traffic = Traffic(client, expected, CLIENTS[-1], seed, most=count)
+            faults = Faults(cluster, traffic, KILLS, seed, LEAST, MEAN)
+            begun = time.monotonic()
+            traffic.start()
+            faults.start()
+            traffic.join(RUN)
+            taken = time.monotonic() - begun
+            faults.end()
+            traffic.end()
+    show("wrong", traffic.wrong, faults.strikes, begun)
+    show("failed", traffic.lost, faults.strikes, begun)
+    for problem in faults.problems:
+        click.echo(problem)
+    figures = (traffic.sent, len(traffic.lost), len(traffic.wrong), len(faults.strikes), f"{taken:.0f} s")
+    return "\n".join(
+        [
+            f"## Requests while engines are killed: {CLIENTS[-1]} clients, `{' '.join(REQUESTS_OURS)}`\n",
+            "| requests | failed | wrong | kills | took | slowest |",
+            "|--" * 6 + "|",
+            f"| {' | '.join(map(str, figures))} | {traffic.slowest:.1f} s |\n",
+        ]
+    )
+
+
+# -- overhead
+
+
+class Server:
+    """An engine in a process of its own, idle until it is measured. A context manager.
+
+    Args:
+        side: "ours" is an EngineMember of this package, "stock" vLLM's AsyncLLM alone.
+        model: directory of the model.
+    """
+
+    def __init__(self, side: str, model: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._orders, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(side, str(model), theirs))
+        self._process.start()
+        theirs.close()
+        self.side = side
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._orders.close()  # it ends when it reads that
+        self._process.join(60.0)
+        if self._process.is_alive():
+            self._process.kill()
+
+    def hear(self) -> float:
+        """What it says next.
+
+        Raises:
+            TimeoutError: it said nothing in time.
+            EOFError: it has ended.
+        """
+        if not self._orders.poll(BACK):
+            raise TimeoutError(f"{self.side}: nothing heard for {BACK:g} s")
+        return self._orders.recv()
+
+    def throughput(self) -> float:
+        """Tokens per second for greedy requests that come all at once."""
+        self._orders.send(True)
+        return self.hear()
+
+
+def _serve(side: str, model: str, orders: Connection) -> None:
+    os.environ.update(OFFLINE)
+    asyncio.run(_serve_until_closed(side, model, orders))
+
+
+async def _serve_until_closed(side: str, model: str, orders: Connection) -> None:
+    async with _package_engine(model) if side == "ours" else _bare_engine(model) as engine:
+        await _batch(engine)
+        orders.send(0.0)
+        with contextlib.suppress(EOFError):
+            while await asyncio.to_thread(orders.recv):
+                await _batch(engine)  # this one is not counted
+                begun = time.monotonic()
+                for _ in range(BATCHES):
+                    await _batch(engine)
+                orders.send(BATCHES * REQUESTS * TOKENS / (time.monotonic() - begun))
+
+
+def _arguments(model: str) -> Any:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    return AsyncEngineArgs(model=model, enforce_eager=True, kv_cache_memory_bytes=KV_CACHE)
+
+
+@contextlib.asynccontextmanager
+async def _package_engine(model: str) -> AsyncIterator[Any]:
+    from xinf_vllm_backend.engine import preload
+    from xinf_vllm_backend.engine.member import EngineMember
+    from xinf_vllm_backend.settings import Settings
+
+    member = EngineMember("tiny", _arguments(model), Settings.resolve({}))
+    try:
+        await asyncio.to_thread(member.start)
+        watching = asyncio.create_task(member.watch())
+        yield member
+        watching.cancel()
+    finally:
+        await asyncio.to_thread(member.stop, 0)
+        preload.stop_zygote()
+
+
+@contextlib.asynccontextmanager
+async def _bare_engine(model: str) -> AsyncIterator[Any]:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    engine = AsyncLLM.from_engine_args(_arguments(model))
+    try:
+        yield engine
+    finally:
+        engine.shutdown()
+
+
+async def _batch(engine: Any) -> None:
+    from vllm import SamplingParams
+
+    async def answer(number: int) -> None:
+        parameters = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
+        async for _ in engine.generate(f"The keeper {number}", parameters, f"{time.monotonic_ns()}-{number}"):
+            pass
+
+    await asyncio.gather(*map(answer, range(REQUESTS)))
+
+
+def measure_overhead(samples: Samples, model: Path, rounds: int) -> None:
+    with contextlib.ExitStack() as stack:
+        servers = []
+        for side in SIDES:
+            servers.append(stack.enter_context(Server(side, model)))
+            servers[-1].hear()
+        for number in range(rounds):
+            for server in servers[::-1] if number % 2 else servers:
+                _say(f"{server.side}: throughput, round {number + 1}")
+                samples.add(THROUGHPUT, server.side, server.throughput())
+
+
+def overhead_markdown(samples: Samples) -> str:
+    beside = Table("An EngineMember (ours) beside vLLM's AsyncLLM alone (stock), no cluster", SIDES, "ours/stock")
+    beside.row(samples, THROUGHPUT, "tokens/s", ">= 0.98")
+    return beside.markdown()
+
+
+def _say(what: str) -> None:
+    click.echo(f"{clock()} {what}", err=True)
+
+
+@click.command()
+@click.option("--rounds", default=1, show_default=True, help="How often to go through the faults, alternating.")
+@click.option("--faults", default=",".join(DRAWN), show_default=True, help="Those to measure.")
+@click.option("--requests", default=1000, show_default=True, help="How many while engines are killed; ours only.")
+@click.option("--overhead-rounds", default=5, show_default=True, help="How often to measure throughput.")
+@click.option("--seed", default=1, show_default=True, help="Of the requests, and of the kills meanwhile.")
+@click.option("--only", default=",".join(PARTS), show_default=True, help="Parts.")
+def main(rounds: int, faults: str, requests: int, overhead_rounds: int, seed: int, only: str) -> None:
+    """Measure what deaths of engines cost the requests, and what being ready for them costs."""
+    parts, names = set(only.split(",")), faults.split(",")
+    if unknown := (parts - set(PARTS)) | (set(names) - set(FAULTS)):
+        raise click.UsageError(f"there is no {', '.join(sorted(unknown))}")
+    samples = Samples()
+    with tempfile.TemporaryDirectory() as made:
+        model = make_tiny_model(Path(made))
+        if "faults" in parts:
+            measure_faults(samples, model, rounds, names)
+            click.echo(faults_markdown(samples, names))
+        if "requests" in parts:
+            click.echo(many_requests(model, requests, seed))
+        if "overhead" in parts:
+            measure_overhead(samples, model, overhead_rounds)
+            click.echo(overhead_markdown(samples))
+
+
+if __name__ == "__main__":
+    main()
