@@ -130,10 +130,13 @@ def strike(cluster: Cluster, clients: int, fault: str, bound: float) -> dict[str
     """What ``fault`` does to ``clients`` streams and to a new request, by the names above; ``bound`` in seconds.
 
     Raises:
-        TimeoutError: the model did not serve before it, or not all streams ran.
+        TimeoutError: the model did not serve before it, or not all streams began.
+        RuntimeError: not all streams ran at it.
     """
     wait_until(lambda: _answers(cluster), BACK, "an answer before the fault")
     kind, how = FAULTS[fault]
+    engine = cluster.engine_processes()  # before the streams: looking takes a while, and they are to run at the signal
+    victim = max(victims(cluster, kind), key=psutil.Process.create_time)
     with cluster.openai(timeout=BOUND) as client:
         streams = [Stream(client, number) for number in range(clients)]
         readers = [threading.Thread(target=stream.read, daemon=True) for stream in streams]
@@ -142,8 +145,6 @@ def strike(cluster: Cluster, clients: int, fault: str, bound: float) -> dict[str
         wait_until(lambda: all(stream.chunks for stream in streams), BOUND, "all streams to run")
         if over := sum(stream.failed is not None for stream in streams):
             raise RuntimeError(f"{over} of {clients} streams ended before the fault")
-        engine = cluster.engine_processes()
-        victim = max(victims(cluster, kind), key=psutil.Process.create_time)
         since = time.monotonic()
         victim.send_signal(how)
         newcomer = Newcomer(client, since, bound)

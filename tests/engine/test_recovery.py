@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from engine_faults import FAULTS
+from engine_faults import FAULT, FAULTS
 
 from xinf_vllm_backend.engine.lifecycle import State
 from xinf_vllm_backend.engine.member import EngineMember
+from xinf_vllm_backend.engine.vllm_seams import engine_dead_errors
+from xinf_vllm_backend.errors import CannotResumeError, EngineRestartingError, EngineStaleError, RequestQuarantinedError
 
 pytestmark = pytest.mark.engine
 
@@ -150,6 +156,14 @@ async def stop_strings(member: EngineMember) -> dict[str, dict[str, Any]]:
     return found
 
 
+async def until(predicate: Callable[[], bool]) -> None:
+    async def ask() -> None:
+        while not predicate():
+            await asyncio.sleep(0.01)
+
+    await asyncio.wait_for(ask(), BOUND)
+
+
 async def undisturbed_and_not(
     member: EngineMember, all_params: dict[str, dict[str, Any]], disturb: Callable[[list[Stream]], Awaitable[None]]
 ) -> list[Stream]:
@@ -159,7 +173,9 @@ async def undisturbed_and_not(
     after = {name: Stream(member, f"{PROMPT} {name}", **params) for name, params in all_params.items()}
     await disturb(list(after.values()))
     await asyncio.gather(*(stream.end() for stream in after.values()))
-    differ = [f"{name}: {s.told} instead of {before[name].told}" for name, s in after.items() if s.told != before[name].told]
+    differ = [
+        f"{name}: {s.told} instead of {before[name].told}" for name, s in after.items() if s.told != before[name].told
+    ]
     assert not differ
     assert member.requests() == 0
     return list(after.values())
@@ -176,3 +192,195 @@ async def test_every_kind_of_request_goes_on_as_if_nothing_had_happened(make_wat
 
     await undisturbed_and_not(member, all_params, kill_three_times)
     assert len(deaths(member)) == member.restarts == 3
+
+
+def with_fault(action: str, after: int, once: Path | None = None) -> dict[str, Any]:
+    """Parameters of a request that does ``action`` in its Worker, once or each time, from its ``after``th token on."""
+    return {"extra_args": {FAULT: (action, 7 + after, str(once or ""))}}
+
+
+@pytest.mark.parametrize("action", ["raises", "segfaults", "exits", "waits"])
+async def test_whatever_ends_a_step_the_requests_go_on(make_watched: Any, tmp_path: Path, action: str) -> None:
+    member = await make_watched()
+    faulty = with_fault(action, 40, tmp_path / "done")
+    (tmp_path / "done").touch()
+
+    async def begin(streams: list[Stream]) -> None:
+        (tmp_path / "done").unlink()
+
+    await undisturbed_and_not(member, {"faulty": faulty, "other": {}}, begin)
+    (reason,) = deaths(member)
+    expected = {"raises": "RuntimeError: a forward pass failed", "segfaults": "was killed by SIGSEGV", "waits": "hangs"}
+    assert expected.get(action, "exited with status 3") in reason
+
+
+@pytest.mark.parametrize("title", [ENGINE_CORE, WORKER])
+async def test_a_stopped_process_of_an_idle_engine_is_found_and_replaced(make_watched: Any, title: str) -> None:
+    member = await make_watched(hang_timeout=2.0)
+    os.kill(victim(member, title), signal.SIGSTOP)
+    if title == WORKER:  # an EngineCore without a request does not ask its Worker anything
+        assert len(await Stream(member).end()) == TOKENS
+    else:
+        await until(lambda: member.restarts == 1)
+        assert len(await Stream(member).end()) == TOKENS
+    assert "hangs: for 2 s it has given no sign of life" in deaths(member)[0]
+
+
+async def test_computing_is_not_hanging(make_watched: Any, tmp_path: Path) -> None:
+    member = await make_watched(hang_timeout=1.0)
+    outputs = await Stream(member, **with_fault("computes", 10, tmp_path / "done")).end()  # for 6 s, in one step
+    assert len(outputs) == TOKENS and (tmp_path / "done").exists()
+    await member.pause_generation(mode="keep")
+    paused = Stream(member)
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(asyncio.shield(paused.task), 3.0)
+    await member.resume_generation()
+    assert len(await paused.end()) == TOKENS
+    assert deaths(member) == []
+
+
+async def test_a_request_that_kills_every_engine_is_refused_and_the_others_live(make_watched: Any) -> None:
+    member = await make_watched()
+    good = [Stream(member, max_tokens=400) for _ in range(4)]
+    await good[0].given(5)
+    bad = Stream(member, **with_fault("segfaults", 10))
+    with pytest.raises(Exception) as refused:
+        await bad.end()
+    error = refused.value.__cause__
+    assert isinstance(error, RequestQuarantinedError) and bad.id in str(error)
+    assert [len(await stream.end()) for stream in good] == [400] * 4
+    assert len(deaths(member)) <= 3
+    assert len(await Stream(member).end()) == TOKENS
+    assert member.requests() == 0
+
+
+async def test_a_request_alone_is_refused_at_the_second_death_that_it_causes(make_watched: Any) -> None:
+    member = await make_watched()
+    bad = Stream(member, **with_fault("raises", 3))
+    with pytest.raises(Exception) as refused:
+        await bad.end()
+    assert "died 2 times in a row while it worked on it" in str(refused.value.__cause__)
+    await until(lambda: member.restarts == 2)
+
+
+async def test_what_cannot_be_exact_goes_on_and_says_so_or_is_refused(
+    make_watched: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    member = await make_watched()
+    seeded = Stream(member, temperature=1.0, seed=7)
+    await seeded.given(20)
+    os.kill(victim(member, ENGINE_CORE), signal.SIGKILL)
+    assert len(await seeded.end()) == TOKENS
+    assert f"{seeded.id} goes on after the engine's death, but not exactly: the random numbers" in caplog.text
+
+    refusing = await make_watched(resume_inexact="fail")
+    begun = Stream(refusing, frequency_penalty=0.5)
+    plain = Stream(refusing)
+    await asyncio.gather(begun.given(20), plain.given(20))
+    os.kill(victim(refusing, ENGINE_CORE), signal.SIGKILL)
+    with pytest.raises(Exception) as refused:
+        await begun.end()
+    assert isinstance(refused.value.__cause__, CannotResumeError)
+    assert len(await plain.end()) == TOKENS
+
+
+async def test_a_client_that_leaves_frees_its_entry_also_while_the_engine_restarts(make_watched: Any) -> None:
+    member = await make_watched()
+    stays, leaves, leaves_later = (Stream(member) for _ in range(3))
+    await asyncio.gather(*(stream.given(5) for stream in (stays, leaves, leaves_later)))
+    leaves.task.cancel()
+    await asyncio.wait([leaves.task])
+    assert member.requests() == 2
+    os.kill(victim(member, ENGINE_CORE), signal.SIGKILL)
+    await until(lambda: member.lifecycle.state is State.RESTARTING)
+    comes = Stream(member)
+    await until(lambda: member.requests() == 3)
+    leaves_later.task.cancel()
+    await asyncio.wait([leaves_later.task])
+    assert member.requests() == 2
+    assert len(await stays.end()) == len(await comes.end()) == TOKENS
+    assert member.restarts == 1 and member.requests() == 0
+
+
+async def test_an_engine_that_does_not_come_back_fails_with_the_first_cause_and_the_last(
+    make_watched: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(tiny_model, tmp_path / "model")
+    member = await make_watched(model=str(copy), max_restarts=2, restart_refill=1000.0, recovery_timeout=0.3)
+    waits, begun = Stream(member), Stream(member)
+    await begun.given(5)
+    (copy / "model.safetensors").write_bytes(b"\0" * 100)
+    os.kill(victim(member, ENGINE_CORE), signal.SIGKILL)
+    for stream in (waits, begun):
+        with pytest.raises(Exception) as refused:
+            await stream.end()
+        assert isinstance(refused.value.__cause__, EngineRestartingError)  # after 0.3 s
+    await until(lambda: member.lifecycle.state is State.FAILED)
+    assert "was killed by SIGKILL; it could not be restarted, in 2 attempts, the last time because" in member.failure
+    assert "Safetensor" in member.failure
+    with pytest.raises(engine_dead_errors()):
+        await Stream(member).end()
+    assert member.processes() == []
+
+
+async def test_weights_that_were_changed_make_a_restarted_engine_stale_until_they_come_again(make_watched: Any) -> None:
+    member = await make_watched()
+    await member.collective_rpc("reload_weights")
+    stream = Stream(member)
+    await stream.given(5)
+    os.kill(victim(member, ENGINE_CORE), signal.SIGKILL)
+    with pytest.raises(Exception) as refused:
+        await stream.end()
+    assert isinstance(refused.value.__cause__, EngineStaleError) and "reload_weights()" in str(refused.value.__cause__)
+    assert member.lifecycle.state is State.STALE
+    with pytest.raises(Exception) as refused:
+        await Stream(member).end()
+    assert isinstance(refused.value.__cause__, EngineStaleError)
+    await member.collective_rpc("reload_weights")
+    assert member.lifecycle.state is State.READY
+    assert len(await Stream(member).end()) == TOKENS
+
+
+async def test_a_stop_while_it_restarts_ends_all(make_watched: Any) -> None:
+    member = await make_watched()
+    stream = Stream(member)
+    await stream.given(5)
+    os.kill(victim(member, ENGINE_CORE), signal.SIGKILL)
+    await until(lambda: member.lifecycle.state is State.RESTARTING)
+    await asyncio.to_thread(member.stop, 5)
+    with pytest.raises(Exception) as refused:
+        await stream.end()
+    assert "was stopped while the request ran" in str(refused.value.__cause__ or refused.value)
+    assert member.lifecycle.state is State.STOPPED and member.processes() == []
+
+
+async def test_a_hundred_restarts_leave_this_process_as_it_was(make_watched: Any) -> None:
+    member = await make_watched(restart_refill=0.0001, max_restarts=1000)
+    this, series = psutil.Process(), []
+
+    def look() -> dict[str, int]:
+        return {
+            "restarts": member.restarts,
+            "files": this.num_fds(),
+            "threads": this.num_threads(),
+            "tasks": len(asyncio.all_tasks()),
+            "processes": len(this.children(recursive=True)),
+            "shared memory": sum(name.startswith("xvllm") for name in os.listdir("/dev/shm")),
+            "directories": len(list(Path(tempfile.gettempdir()).glob("xvllm*"))),
+            "MiB resident": this.memory_info().rss >> 20,
+        }
+
+    for number in range(1, 101):
+        stream = Stream(member, max_tokens=30)
+        await stream.given(5)
+        os.kill(victim(member, (ENGINE_CORE, WORKER)[number % 2]), signal.SIGKILL)
+        assert len(await stream.end()) == 30
+        if number % 10 == 0:
+            await until(lambda: member.lifecycle.state is State.READY)
+            series.append(look())
+            print(series[-1])  # shown when it fails, or by pytest -s
+    assert member.restarts == 100
+    first, last = series[0], series[-1]
+    assert last["MiB resident"] <= first["MiB resident"] + 20
+    for name in ("files", "threads", "tasks", "processes", "shared memory", "directories"):
+        assert last[name] <= first[name] + 2, (name, series)

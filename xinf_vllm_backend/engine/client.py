@@ -23,7 +23,7 @@ from .journal import Entry, Journal
 
 logger = logging.getLogger("xinference.vllm_backend")
 
-TRIAL_MARGIN = 10.0  # seconds beyond hang_timeout in which a suspected request, alone, must have got somewhere
+TRIAL_MARGIN = 10.0  # seconds beyond hang_timeout in which a suspected request must have got further
 # Calls that only ask: one that was lost with its engine is made again.
 _QUESTION = re.compile(r"^(get_|is_|list_)")
 # Calls of Workers that change weights, but for those that only announce it.
@@ -116,7 +116,7 @@ class EngineClient:
         self._gone.set()
         vllm_seams.wake(core)
         for entry in self.journal.lost():
-            if entry.alone and entry.deaths >= self._settings.max_deaths_per_request:
+            if entry.suspect and entry.deaths >= self._settings.max_deaths_per_request:
                 self._quarantine(entry)
 
     def fail_waiting(self, longer_than: float, error: Callable[[str], Exception]) -> None:
@@ -141,7 +141,10 @@ class EngineClient:
             self._end(entry, type(error)(str(error)))
 
     async def _try_suspects(self) -> None:
-        """Have those requests at which engines died again and again go on one after the other, each alone."""
+        """Have those requests at which engines died again and again go on one after the other.
+
+        Each must get further before the next is sent, so that an engine that dies is known to have died of the last.
+        """
         for entry in self.journal.waiting():
             if entry.deaths < self._settings.max_deaths_per_request or self._core is None:
                 continue
@@ -157,7 +160,7 @@ class EngineClient:
     def _quarantine(self, entry: Entry) -> None:
         message = (
             f"The request {_shown(entry)} was refused: the vLLM engine of {self._name} died {entry.deaths} times in a "
-            "row while it worked on it, the last time on nothing else; change the request before you send it again."
+            "row while it worked on it; change the request before you send it again."
         )
         logger.error("%s", message)
         self._end(entry, RequestQuarantinedError(message))

@@ -213,7 +213,8 @@ class Incarnation:
         return self._death(how)
 
     def _how_it_ended(self) -> str:
-        if not self._context.lost:  # vLLM reports itself dead a moment before its processes have ended
+        if not (self._context.lost or self._how_children_ended()):
+            # vLLM reports itself dead a moment before its processes have ended.
             multiprocessing.connection.wait([child.sentinel for child in self._serving()], EXIT_TIMEOUT)
         return ", ".join(self._context.lost) or self._how_children_ended() or "it reported itself dead"
 
@@ -273,6 +274,7 @@ class Incarnation:
             left = self._context.tree.kill(KILL_TIMEOUT)
             for child in self._context.children:
                 child.join(KILL_TIMEOUT)  # reap it
+                child.release()
             if self._leftovers is not None:
                 self._leftovers.remove(REMOVE_TIMEOUT)
         if left:

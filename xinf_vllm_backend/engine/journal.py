@@ -26,7 +26,7 @@ class Entry:
         since: seconds, by the journal's clock, since when it waits for an engine; None while one works on it.
         tokens: ids of those it was given.
         deaths: of engines that worked on it, one soon after the other (see ``PROGRESS``).
-        alone: whether it was all that the engine worked on at the last of them.
+        suspect: whether, at the last of them, it alone had not got further since it was sent.
         advanced: set once it was given more since it was sent last, or ended.
     """
 
@@ -34,7 +34,7 @@ class Entry:
     since: float | None
     tokens: list[int] = field(default_factory=list)
     deaths: int = 0
-    alone: bool = False
+    suspect: bool = False
     advanced: asyncio.Event = field(default_factory=asyncio.Event)
     _given_when_sent: int = 0
 
@@ -57,10 +57,9 @@ class Entry:
     def has_advanced(self) -> bool:
         return len(self.tokens) >= self._given_when_sent + PROGRESS
 
-    def lost(self, now: float, alone: bool) -> None:
+    def lost(self, now: float) -> None:
         """The engine that worked on it died."""
         self.deaths = 1 if self.has_advanced else self.deaths + 1
-        self.alone = alone
         self.since = now
 
 
@@ -111,9 +110,10 @@ class Journal:
     def lost(self) -> list[Entry]:
         """The engine died: all that it worked on wait again, and are returned."""
         working = [entry for entry in self._entries.values() if entry.since is None]
-        alone = len({entry.request.external_req_id for entry in working}) == 1
+        stuck = {entry.request.external_req_id for entry in working if not entry.has_advanced}
         for entry in working:
-            entry.lost(self._clock(), alone)
+            entry.suspect = stuck == {entry.request.external_req_id}
+            entry.lost(self._clock())
         return working
 
     def waiting(self, longer_than: float = 0.0) -> list[Entry]:

@@ -292,7 +292,7 @@ def is_dead(client: Any) -> bool:
 async def release(client: Any) -> None:
     """Give back what ``client``, which was shut down, holds in this process; on the loop that it served from."""
     await asyncio.sleep(0)  # it closes its sockets there
-    context = getattr(client, "ctx", None)
+    context = getattr(getattr(client, "resources", None), "ctx", None)
     if context is not None:
         # On a thread: it waits for whatever socket is not closed.
         threading.Thread(target=context.term, name="vllm-sockets-end", daemon=True).start()

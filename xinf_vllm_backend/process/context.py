@@ -203,6 +203,11 @@ class EngineProcess(SpawnProcess):
         else:
             announce_exit(self)
 
+    def release(self) -> None:
+        """Give back the files by which the process was watched, if it has ended; its exit code stays known."""
+        if self._popen is not None and self.exitcode is not None:  # type: ignore[attr-defined]
+            self._popen.close()  # type: ignore[attr-defined]
+
     def _Popen(self, process: EngineProcess) -> Popen:  # type: ignore[override]  # noqa: N802
         return self._context.make(process)
 
