@@ -38,7 +38,7 @@ class Settings(BaseModel):
         120.0, gt=0, description="time in seconds that a request waits for an engine that is being restarted"
     )
     max_restarts: int = Field(
-        5, ge=0, description="number of restarts in place that are had at once; 0: a dead engine ends the model process"
+        5, ge=0, description="number of restarts in place to be had at once; 0: a dead engine ends the model process"
     )
     restart_refill: float = Field(
         60.0, gt=0, description="time in seconds for which an engine must be healthy to have one restart more again"

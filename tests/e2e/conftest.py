@@ -20,7 +20,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def cluster(tiny_model: Path) -> Iterator[Cluster]:
     """A cluster that knows "tiny" (chat and generate), "tiny-generate" and "tiny-audio"; it must leave no process."""
-    with Cluster() as running:
+    with Cluster(env={"XINF_VLLM_HANG_TIMEOUT": "5"}) as running:
         running.register(model_registration("tiny", tiny_model))
         running.register(model_registration("tiny-generate", tiny_model, abilities=("generate",)))
         hears = make_tiny_multimodal_model(tiny_model.parent / "tiny-audio")

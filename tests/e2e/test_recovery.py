@@ -1,4 +1,4 @@
-"""An engine or a model process that dies is noticed with no request sent, and the model serves again by itself."""
+"""Engines that die or hang come back in place, and model processes that die are made anew, with no request sent."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -38,32 +39,64 @@ def answers(cluster: Cluster) -> bool:
         return False
 
 
+def stream(cluster: Cluster) -> Iterator[str]:
+    """The texts of a greedy completion of 1900 tokens, as they come."""
+    chunks = cluster.openai().completions.create(
+        model="tiny", prompt="The keeper", max_tokens=1900, temperature=0, stream=True
+    )
+    yield from (choice.text for chunk in chunks for choice in chunk.choices)
+
+
 def kill(cluster: Cluster, process: psutil.Process, how: signal.Signals) -> None:
     assert answers(cluster)  # the healthy case first, or "it never served" would pass for "it died"
     process.send_signal(how)
 
 
 @pytest.mark.parametrize("kind", ["EngineCore", "Worker"])
-def test_a_killed_engine_is_noticed_and_the_model_comes_back_once(serving: Cluster, kind: str) -> None:
+def test_a_killed_engine_comes_back_in_place_and_its_stream_goes_on(serving: Cluster, kind: str) -> None:
     (model,), old = serving.model_processes(), serving.engine_processes()
-    deaths = status(serving)["deaths"]
+    before = status(serving)
     (victim,) = serving.engine_processes(kind)
-    kill(serving, victim, signal.SIGKILL)
+    undisturbed = "".join(stream(serving))
 
-    said = rf"ERROR xinference.vllm_backend .* The vLLM engine of tiny-rep0 died: .* \(pid {victim.pid}\) was killed"
-    wait_until(lambda: re.search(said, serving.log_text()), NOTICED, "the log to say that it died")
-    wait_until(lambda: not model.is_running(), GONE, "the model process to end")
+    texts = stream(serving)
+    begun = "".join(next(texts) for _ in range(20))
+    victim.kill()
+    assert begun + "".join(texts) == undisturbed
+    wait_until(lambda: status(serving)["restarts"] > before["restarts"], BACK, "the engine to be back")
+
+    assert serving.model_processes() == [model]
     assert not [process for process in old if process.is_running()]  # no second engine beside the first
-
-    wait_until(lambda: answers(serving), BACK, "the model to serve again")
-    assert len(serving.model_processes()) == 1
     assert len(serving.engine_processes("EngineCore")) == len(serving.engine_processes("Worker")) == 1
     now = status(serving)
-    assert now["pid"] != model.pid and now["deaths"] == deaths + 1
+    assert (now["state"], now["pid"], now["requests"]) == ("ready", model.pid, 0)
+    assert (now["deaths"], now["restarts"]) == (before["deaths"] + 1, before["restarts"] + 1)
     sentence = rf"The vLLM engine of tiny-rep0 died: .*\w*{kind}\S* \(pid {victim.pid}\) was killed by SIGKILL"
     assert re.match(sentence, now["last_error"]["reason"])
-    events = httpx.get(f"{serving.endpoint}/v1/models/tiny/events", trust_env=False).json()
-    assert any(re.search(sentence, event["event_content"]) for event in events)
+    assert re.search(rf"ERROR xinference.vllm_backend .* {sentence}", serving.log_text())
+
+    def events() -> list[str]:
+        answer = httpx.get(f"{serving.endpoint}/v1/models/tiny/events", trust_env=False).json()
+        return [event["event_content"] for event in answer]
+
+    wait_until(lambda: any("serves again" in event for event in events()), NOTICED, "the event of its return")
+    assert any(re.search(sentence, event) for event in events())
+
+
+def test_a_stopped_engine_is_replaced_and_xinference_sees_a_ready_model_all_the_while(serving: Cluster) -> None:
+    (model,), (victim,) = serving.model_processes(), serving.engine_processes("EngineCore")
+    before = status(serving)["restarts"]
+    kill(serving, victim, signal.SIGSTOP)
+    seen = set()
+
+    def is_back() -> bool:
+        seen.update(replica["status"] for replica in serving.get("/v1/models/tiny/replicas"))
+        return status(serving)["restarts"] > before
+
+    wait_until(is_back, BACK, "the engine to be replaced")
+    assert answers(serving) and serving.model_processes() == [model]
+    assert seen == {"READY"}
+    assert "hangs: for 5 s it has given no sign of life" in status(serving)["last_error"]["reason"]
 
 
 def test_a_killed_model_process_takes_its_engine_along(serving: Cluster) -> None:
@@ -78,7 +111,7 @@ def test_the_deaths_are_counted(serving: Cluster) -> None:
     address = re.findall(r"Metrics server is started at: (http://[\d.:]+)", serving.log_text())[-1]
     metrics = httpx.get(f"{address}/metrics", trust_env=False).text
     counts = re.findall(r'^xinference:vllm_engine_deaths_total\{.*model_uid="tiny".*\} (\d+)', metrics, re.MULTILINE)
-    assert sum(map(int, counts)) == status(serving)["deaths"] == 2
+    assert sum(map(int, counts)) == status(serving)["deaths"] == 3
 
 
 def test_a_killed_zygote_is_replaced_while_the_model_serves(serving: Cluster) -> None:

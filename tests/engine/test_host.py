@@ -27,7 +27,7 @@ def model(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     from xinf_vllm_backend.plugin.models import HostedVLLMChatModel
 
     family = CustomLLMFamilyV2.parse_obj(model_registration("tiny", tiny_model))
-    return HostedVLLMChatModel("tiny-rep0", family, str(tiny_model), {"enforce_eager": True})
+    return HostedVLLMChatModel("tiny-rep0", family, str(tiny_model), {"enforce_eager": True, "max_restarts": 1})
 
 
 async def chat(model: Any, tokens: int) -> Any:
@@ -52,15 +52,23 @@ async def test_a_model_loads_serves_is_watched_and_gives_up_once(model: Any, mon
     task = model._check_health_task
     assert isinstance(task, asyncio.Task) and not task.done()
 
-    (engine_core,) = [p["pid"] for p in model._engine.processes() if p["title"] == "VLLM::EngineCore"]
-    os.kill(engine_core, signal.SIGKILL)
+    def engine_core() -> int:
+        return next(p["pid"] for p in model._engine.processes() if p["title"] == "VLLM::EngineCore")
+
+    killed = engine_core()
+    os.kill(killed, signal.SIGKILL)
+    assert (await asyncio.wait_for(chat(model, 3), 30))["usage"]["completion_tokens"] == 3  # from another engine
+    status = await model.engine_status()
+    assert (status["state"], status["restarts"], status["deaths"]) == ("ready", 1, 1)
+    assert f"(pid {killed}) was killed by SIGKILL" in status["last_error"]["reason"]
+
+    os.kill(engine_core(), signal.SIGKILL)  # the one restart there was is used up
     with pytest.raises(BackendError):  # whether it notices the death itself or comes while the process gives up
         await asyncio.wait_for(chat(model, 3), 30)
     assert await asyncio.wait_for(ended.get(), NOTICED) == 1
     assert ended.empty()  # the health task and the request gave up together
     assert model._engine.processes() == []
-    status = await model.engine_status()
-    assert status["deaths"] == 1 and f"(pid {engine_core}) was killed by SIGKILL" in status["last_error"]["reason"]
+    assert (await model.engine_status())["deaths"] == 2
 
 
 async def test_stop_cancels_the_health_task_and_may_be_called_again(model: Any) -> None:

@@ -10,7 +10,7 @@ import pytest
 from xinf_vllm_backend.errors import BadLaunchArgumentError
 from xinf_vllm_backend.settings import ENVIRONMENT_PREFIX, Settings, variable
 
-NUMBERS = sorted(set(Settings.model_fields) - {"engine_start_method", "device_locks"})
+NUMBERS = sorted(set(Settings.model_fields) - {"engine_start_method", "device_locks", "resume_inexact"})
 
 
 @pytest.fixture(autouse=True)
@@ -55,8 +55,13 @@ class TestWhereAValueComesFrom:
     def test_those_that_are_words_have_one_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("XINF_VLLM_START_METHOD", "spawn")
         monkeypatch.setenv("XINF_VLLM_DEVICE_LOCKS", "none")
+        monkeypatch.setenv("XINF_VLLM_RESUME_INEXACT", "fail")
         settings = Settings.resolve({})
-        assert (settings.engine_start_method, settings.device_locks) == ("spawn", "none")
+        assert (settings.engine_start_method, settings.device_locks, settings.resume_inexact) == (
+            "spawn",
+            "none",
+            "fail",
+        )
 
     def test_the_environment_is_read_when_the_launch_is_made_and_not_when_we_are_imported(
         self, monkeypatch: pytest.MonkeyPatch
@@ -116,4 +121,4 @@ class TestOurOptionsAndTheEngines:
     def test_every_option_says_its_unit_and_meaning(self, name: str) -> None:
         description = Settings.model_fields[name].description
         assert description is not None
-        assert re.search(r"\b(in seconds|in GiB)\b", description)
+        assert re.search(r"\b(in seconds|in GiB|number of)\b", description)

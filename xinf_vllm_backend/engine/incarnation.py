@@ -244,19 +244,19 @@ class Incarnation:
         """
         how = "" if hung else self._how_it_ended()  # before the rest of it is killed
         try:
-            self.stop()
-            self.client.shutdown(timeout=0)
+            self.stop(lambda: self.client.shutdown(timeout=0), EXIT_TIMEOUT, kill=True)
         except Exception as error:  # nothing of this may keep the next one from being started
             logger.exception("What is left of the vLLM engine of %s could not be ended: %s", self.name, error)
         self._context.await_output(EXIT_TIMEOUT)
         return hung or self._death(how)
 
-    def stop(self, shut_down: Callable[[], None] | None = None, timeout: float = 0.0) -> None:
+    def stop(self, shut_down: Callable[[], None] | None = None, timeout: float = 0.0, kill: bool = False) -> None:
         """End the processes in whatever state they are; idempotent. Blocks, so never call it on an event loop.
 
         Args:
             shut_down: begins an orderly end of a living engine, and returns when it has ended.
             timeout: seconds for that; what is left then is killed.
+            kill: do not wait for that of the processes.
 
         Raises:
             BackendError: a process survived SIGKILL for 5 s.
@@ -265,7 +265,7 @@ class Incarnation:
         self._woken.set()
         self._context.seal()
         with self._stop_lock:
-            if self.is_dead():  # what is left of it would use up the time
+            if kill or self.is_dead():  # what is left of it would use up the time
                 self._context.tree.kill(KILL_TIMEOUT)
             if shut_down is not None and timeout > 0:
                 orderly = threading.Thread(target=shut_down, name="vllm-engine-shutdown", daemon=True)
@@ -275,6 +275,8 @@ class Incarnation:
             for child in self._context.children:
                 child.join(KILL_TIMEOUT)  # reap it
                 child.release()
+            if self.client is not None:
+                vllm_seams.release(self.client)
             if self._leftovers is not None:
                 self._leftovers.remove(REMOVE_TIMEOUT)
         if left:

@@ -186,7 +186,6 @@ class EngineMember:
         """End what is left of the engine and start another, as often as the budget allows."""
         begun = time.monotonic()
         failures = [await self._meanwhile(asyncio.to_thread(self._current.end, hung))]
-        await vllm_seams.release(self._current.client)
         while True:
             delay = budget.take() if self._client.is_attachable else None
             if delay is None:

@@ -6,7 +6,6 @@ is lost; ``xinf-vllm doctor`` prints it and a test runs it against the installed
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import importlib
@@ -40,6 +39,8 @@ logger = logging.getLogger(__name__)
 SUPPORTED = SpecifierSet(">=0.27.1,<0.34")
 
 INSPECTION_PROCESS = "ModelInspection"
+RELEASE_TIMEOUT = 2.0  # seconds
+_SOCKETS = ("output_socket", "input_socket", "first_req_send_socket", "first_req_rcv_socket", "stats_update_socket")
 WORKER = "VLLM::Worker"  # in the title of each Worker that is a process of its own
 CUDA_COMPATIBILITY = "VLLM_ENABLE_CUDA_COMPATIBILITY"  # makes vLLM extend LD_LIBRARY_PATH when it is imported
 SPAWN = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
@@ -289,13 +290,38 @@ def is_dead(client: Any) -> bool:
     return bool(getattr(getattr(client, "resources", None), "engine_dead", False))
 
 
-async def release(client: Any) -> None:
-    """Give back what ``client``, which was shut down, holds in this process; on the loop that it served from."""
-    await asyncio.sleep(0)  # it closes its sockets there
-    context = getattr(getattr(client, "resources", None), "ctx", None)
-    if context is not None:
-        # On a thread: it waits for whatever socket is not closed.
-        threading.Thread(target=context.term, name="vllm-sockets-end", daemon=True).start()
+def release(client: Any) -> None:
+    """Give back what ``client``, whose engine is gone, holds in this process; blocks for up to 2 s, so on a thread.
+
+    vLLM closes its sockets on the loop that they served, which it may miss, and leaves their context to the garbage
+    collector; that would then wait for a socket which is open, on whatever thread it happens to run.
+    """
+    import zmq.sugar
+
+    resources = getattr(client, "resources", None)
+    context = getattr(resources, "ctx", None)
+    if context is None:
+        return
+    task = getattr(resources, "output_queue_task", None)
+    loop = None if task is None else task.get_loop()
+    sockets = [getattr(resources, name, None) for name in _SOCKETS]
+    closed = threading.Event()
+
+    def close(serving: bool) -> None:
+        for socket in sockets:
+            if socket is not None:
+                (type(socket) if serving else zmq.sugar.Socket).close(socket, linger=0)
+        if serving and task is not None:
+            task.cancel()
+        closed.set()
+
+    if loop is None or loop.is_closed():
+        close(serving=loop is None)
+    else:
+        with contextlib.suppress(RuntimeError):  # it was closed just now
+            loop.call_soon_threadsafe(close, True)
+    if closed.wait(RELEASE_TIMEOUT):
+        threading.Thread(target=context.term, name="vllm-context-end", daemon=True).start()
 
 
 async def ask_sign_of_life(client: Any) -> None:
