@@ -99,11 +99,11 @@ class EngineClient:
         self._resending = True
         try:
             for method, args in list(self._again.values()):
-                await self._call(method, *args)
+                await self._repeat(method, *args)
             await self._try_suspects()
             while core is self._core and (waiting := self.journal.waiting()):
                 for entry in waiting:
-                    await self._send(entry)
+                    await self._resend(entry)
         finally:
             self._resending = False
 
@@ -140,6 +140,12 @@ class EngineClient:
         for entry in self.journal:
             self._end(entry, type(error)(str(error)))
 
+    async def _repeat(self, method: str, *args: Any) -> None:
+        try:
+            await self._call(method, *args)
+        except Exception:  # the requests that need it will say so; the others must go on
+            logger.exception("%s could not be repeated on the restarted engine of %s", method, self._name)
+
     async def _try_suspects(self) -> None:
         """Have those requests at which engines died again and again go on one after the other.
 
@@ -148,8 +154,8 @@ class EngineClient:
         for entry in self.journal.waiting():
             if entry.deaths < self._settings.max_deaths_per_request or self._core is None:
                 continue
-            await self._send(entry)
-            ends = [asyncio.ensure_future(event.wait()) for event in (entry.advanced, self._gone)]
+            await self._resend(entry)
+            ends = [asyncio.ensure_future(event.wait()) for event in (entry.further, self._gone)]
             try:
                 timeout = self._settings.hang_timeout + TRIAL_MARGIN
                 await asyncio.wait(ends, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
@@ -177,18 +183,21 @@ class EngineClient:
             raise type(refused)(str(refused))
         entry = self.journal.open(request)
         if self._core is not None and not self._resending:
-            await self._send(entry)
+            await self._send(entry, request)
 
-    async def _send(self, entry: Entry) -> None:
-        core = self._core
-        if core is None or entry not in self.journal:
+    async def _resend(self, entry: Entry) -> None:
+        if self._core is None or entry not in self.journal:
             return
         try:
             request = resume.continuation(entry.request, entry.tokens, vllm_seams.GRAMMAR.present())
             self._accept_inexact(entry)
         except CannotResumeError as error:
             self._end(entry, error)
-            return
+        else:
+            await self._send(entry, request)
+
+    async def _send(self, entry: Entry, request: Any) -> None:
+        core = self._core
         entry.sent()
         try:
             await core.add_request_async(request)

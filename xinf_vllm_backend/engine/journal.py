@@ -7,6 +7,7 @@ that the journal is as large as what is in flight.
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -27,7 +28,8 @@ class Entry:
         tokens: ids of those it was given.
         deaths: of engines that worked on it, one soon after the other (see ``PROGRESS``).
         suspect: whether, at the last of them, it alone had not got further since it was sent.
-        advanced: set once it was given more since it was sent last, or ended.
+        further: set once it got further since it was sent, or ended.
+        goal: number of tokens at which it has got further; more than there can be once it has.
     """
 
     request: Any
@@ -35,8 +37,8 @@ class Entry:
     tokens: list[int] = field(default_factory=list)
     deaths: int = 0
     suspect: bool = False
-    advanced: asyncio.Event = field(default_factory=asyncio.Event)
-    _given_when_sent: int = 0
+    further: asyncio.Event = field(default_factory=asyncio.Event)
+    goal: int = PROGRESS
 
     @property
     def id(self) -> str:
@@ -45,21 +47,16 @@ class Entry:
     def sent(self) -> None:
         """An engine works on it from now on."""
         self.since = None
-        self.advanced.clear()
-        self._given_when_sent = len(self.tokens)
+        self.further.clear()
+        self.goal = len(self.tokens) + PROGRESS
 
-    def given(self, token_ids: Iterable[int]) -> None:
-        self.tokens.extend(token_ids)
-        if self.has_advanced:
-            self.advanced.set()
-
-    @property
-    def has_advanced(self) -> bool:
-        return len(self.tokens) >= self._given_when_sent + PROGRESS
+    def reached_goal(self) -> None:
+        self.goal = sys.maxsize
+        self.further.set()
 
     def lost(self, now: float) -> None:
         """The engine that worked on it died."""
-        self.deaths = 1 if self.has_advanced else self.deaths + 1
+        self.deaths = 1 if self.further.is_set() else self.deaths + 1
         self.since = now
 
 
@@ -92,25 +89,27 @@ class Journal:
         """Note what is about to be delivered: ``EngineCoreOutput`` s."""
         self.outputs += 1
         entries = self._entries
-        for output in outputs:
+        for output in outputs:  # for every token of every request: nothing here that can be elsewhere
             entry = entries.get(output.request_id)
-            if entry is None:
-                continue
-            entry.given(output.new_token_ids)
-            if output.finish_reason is not None:
-                self.close((output.request_id,))
+            if entry is not None:
+                tokens = entry.tokens
+                tokens += output.new_token_ids
+                if len(tokens) >= entry.goal:
+                    entry.reached_goal()
+                if output.finish_reason is not None:
+                    self.close((output.request_id,))
 
     def close(self, ids: Iterable[str]) -> None:
         """Forget those that ended."""
         for request_id in ids:
             entry = self._entries.pop(request_id, None)
             if entry is not None:
-                entry.advanced.set()
+                entry.further.set()
 
     def lost(self) -> list[Entry]:
         """The engine died: all that it worked on wait again, and are returned."""
         working = [entry for entry in self._entries.values() if entry.since is None]
-        stuck = {entry.request.external_req_id for entry in working if not entry.has_advanced}
+        stuck = {entry.request.external_req_id for entry in working if not entry.further.is_set()}
         for entry in working:
             entry.suspect = stuck == {entry.request.external_req_id}
             entry.lost(self._clock())

@@ -145,10 +145,15 @@ class EngineMember:
                 budget.healthy()
                 hung = await self._until_dead()
                 self._client.lose()
+                await vllm_seams.forget_inputs(self._engine)
                 if resuming is not None:
                     await asyncio.wait([resuming])  # it has nothing to send to
                 await self._bring_back(hung, budget)
                 resuming = self._loop.create_task(self._resume())
+            return self.failure
+        except Exception as error:  # nobody else would bring the engine back
+            logger.exception("The vLLM engine of %s cannot be watched", self.name)
+            self._give_up(f"The vLLM engine of {self.name} can no longer be watched: {error!r}")
             return self.failure
         finally:
             self._client.on_dead = None
@@ -174,13 +179,20 @@ class EngineMember:
                 elif hang.look(workload.works(*incarnation.seconds_of_cpu())):
                     silent = f"for {self._settings.hang_timeout:g} s it has given no sign of life and done no work"
                     return f"The vLLM engine of {self.name} hangs: {silent}"
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._noticed.wait(), interval)
-                self._noticed.clear()
+                self._client.fail_waiting(self._settings.recovery_timeout, self._waited)
+                await self._notice_or(interval)
             return ""
         finally:
             if asked is not None:
                 asked.cancel()
+
+    async def _notice_or(self, timeout: float) -> None:
+        noticed = asyncio.ensure_future(self._noticed.wait())
+        try:
+            await asyncio.wait([noticed], timeout=timeout)
+        finally:
+            noticed.cancel()
+        self._noticed.clear()
 
     async def _bring_back(self, hung: str, budget: RestartBudget) -> None:
         """End what is left of the engine and start another, as often as the budget allows."""
@@ -211,7 +223,6 @@ class EngineMember:
 
     def _serve_again(self, incarnation: Incarnation, how: str) -> None:
         self.restarts += 1
-        vllm_seams.forget_inputs(self._engine)
         self._client.attach(incarnation.client)
         if self._client.changed_weights:
             self.lifecycle.move(State.STALE, f"{how}, without the weights of {self._client.changed_weights}()")

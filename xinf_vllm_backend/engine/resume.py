@@ -15,7 +15,7 @@ GIVEN = "xinf_vllm_given"  # in extra_args: how many tokens at the end of the pr
 
 
 def continuation(request: Any, tokens: list[int], advances_grammars: bool) -> Any:
-    """The ``EngineCoreRequest`` that goes on with ``request`` behind ``tokens``; itself where there are none.
+    """The ``EngineCoreRequest`` by which another engine goes on with ``request`` behind ``tokens``.
 
     Args:
         request: as it was sent first.
@@ -25,6 +25,8 @@ def continuation(request: Any, tokens: list[int], advances_grammars: bool) -> An
     Raises:
         CannotResumeError: it cannot; the message says why.
     """
+    if any(feature.data is None for feature in request.mm_features or ()):
+        raise _error(request, "multimodal input of which only the engine had a copy")
     if not tokens:
         return request
     _refuse(request, advances_grammars)
@@ -43,20 +45,19 @@ def continuation(request: Any, tokens: list[int], advances_grammars: bool) -> An
 
 def _refuse(request: Any, advances_grammars: bool) -> None:
     if request.sampling_params is None:
-        what = "a pooling request"
-    elif request.prompt_embeds is not None:
-        what = "a prompt of embeddings"
-    elif request.resumable:
-        what = "a prompt that is still being streamed"
-    elif request.sampling_params.structured_outputs is not None and not advances_grammars:
-        what = "structured output with this version of vLLM"
-    elif any(feature.data is None for feature in request.mm_features or ()):
-        what = "multimodal input of which only the engine had a copy"
-    else:
-        return
-    raise CannotResumeError(
-        f"The engine died after the request {request.external_req_id or request.request_id} had begun, and {what} "
-        "cannot go on in the middle; send it again."
+        raise _error(request, "a pooling request")
+    if request.prompt_embeds is not None:
+        raise _error(request, "a prompt of embeddings")
+    if request.resumable:
+        raise _error(request, "a prompt that is still being streamed")
+    if request.sampling_params.structured_outputs is not None and not advances_grammars:
+        raise _error(request, "structured output with this version of vLLM")
+
+
+def _error(request: Any, what: str) -> CannotResumeError:
+    return CannotResumeError(
+        f"The engine died while it worked on the request {request.external_req_id or request.request_id}, and {what} "
+        "cannot go on with another; send it again."
     )
 
 

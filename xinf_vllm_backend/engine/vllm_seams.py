@@ -296,7 +296,7 @@ def release(client: Any) -> None:
     vLLM closes its sockets on the loop that they served, which it may miss, and leaves their context to the garbage
     collector; that would then wait for a socket which is open, on whatever thread it happens to run.
     """
-    import zmq.sugar
+    from zmq import Socket
 
     resources = getattr(client, "resources", None)
     context = getattr(resources, "ctx", None)
@@ -310,7 +310,7 @@ def release(client: Any) -> None:
     def close(serving: bool) -> None:
         for socket in sockets:
             if socket is not None:
-                (type(socket) if serving else zmq.sugar.Socket).close(socket, linger=0)
+                (type(socket) if serving else Socket).close(socket, linger=0)
         if serving and task is not None:
             task.cancel()
         closed.set()
@@ -344,11 +344,11 @@ def fail_request(engine: Any, request_id: str, error: Exception) -> None:
         processor.abort_requests((request_id,), internal=True)
 
 
-def forget_inputs(engine: Any) -> None:
+async def forget_inputs(engine: Any) -> None:
     """Have ``engine``, an AsyncLLM, no longer take for granted that EngineCore has multimodal inputs that it sent."""
-    renderer = getattr(engine, "renderer", None)
-    if renderer is not None and hasattr(renderer, "clear_mm_cache"):
-        renderer.clear_mm_cache()
+    clear = getattr(getattr(engine, "renderer", None), "clear_mm_cache_async", None)
+    if clear is not None:
+        await clear()
 
 
 def version() -> str | None:
