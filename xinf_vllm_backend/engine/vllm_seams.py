@@ -296,8 +296,7 @@ def release(client: Any) -> None:
     vLLM closes its sockets on the loop that they served, which it may miss, and leaves their context to the garbage
     collector; that would then wait for a socket which is open, on whatever thread it happens to run.
     """
-    from zmq import Socket
-
+    socket_class: Any = importlib.import_module("zmq").Socket
     resources = getattr(client, "resources", None)
     context = getattr(resources, "ctx", None)
     if context is None:
@@ -310,7 +309,7 @@ def release(client: Any) -> None:
     def close(serving: bool) -> None:
         for socket in sockets:
             if socket is not None:
-                (type(socket) if serving else Socket).close(socket, linger=0)
+                (type(socket) if serving else socket_class).close(socket, linger=0)
         if serving and task is not None:
             task.cancel()
         closed.set()

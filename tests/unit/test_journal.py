@@ -1,0 +1,110 @@
+"""What the journal knows of requests, and which of them it holds a death against."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from xinf_vllm_backend.engine.journal import PROGRESS, Entry, Journal
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def request(name: str, of: str | None = None) -> Any:
+    return SimpleNamespace(request_id=name, external_req_id=of or name)
+
+
+def output(name: str, *tokens: int, finish_reason: int | None = None) -> Any:
+    return SimpleNamespace(request_id=name, new_token_ids=list(tokens), finish_reason=finish_reason)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def journal(clock: Clock) -> Journal:
+    return Journal(clock)
+
+
+def opened(journal: Journal, *names: str) -> list[Entry]:
+    entries = [journal.open(request(name)) for name in names]
+    for entry in entries:
+        entry.sent()
+    return entries
+
+
+def names(entries: Any) -> list[str]:
+    return [entry.id for entry in entries]
+
+
+class TestAnEntry:
+    def test_has_the_tokens_that_were_delivered(self, journal: Journal) -> None:
+        entry, other = opened(journal, "a", "b")
+        journal.deliver([output("a", 1, 2), output("b", 7)])
+        journal.deliver([output("a", 3)])
+        assert (entry.tokens, other.tokens) == ([1, 2, 3], [7])
+
+    def test_is_gone_when_it_finishes_is_aborted_or_fails(self, journal: Journal) -> None:
+        opened(journal, "a", "b")
+        journal.deliver([output("a", 1, finish_reason=0)])
+        journal.close(["b", "never there"])
+        assert len(journal) == 0
+
+    def test_that_is_gone_takes_no_more(self, journal: Journal) -> None:
+        (entry,) = opened(journal, "a")
+        journal.close(["a"])
+        journal.deliver([output("a", 1)])
+        assert entry.tokens == [] and entry not in journal and entry.further.is_set()
+
+
+class TestADeath:
+    def test_makes_those_wait_that_were_worked_on(self, journal: Journal, clock: Clock) -> None:
+        opened(journal, "a", "b")
+        assert journal.waiting() == []
+        clock.now = 3.0
+        assert names(journal.lost()) == ["a", "b"]
+        journal.open(request("c"))
+        assert names(journal.waiting()) == ["a", "b", "c"]
+        clock.now = 10.0
+        journal.open(request("d"))
+        assert names(journal.waiting(longer_than=5.0)) == ["a", "b", "c"]
+
+    def test_is_not_held_against_those_that_were_not(self, journal: Journal) -> None:
+        journal.open(request("waits"))
+        assert journal.lost() == []
+
+    def test_counts_for_those_that_got_no_further_since_the_last(self, journal: Journal) -> None:
+        stuck, goes = opened(journal, "stuck", "goes")
+        for _ in range(3):
+            journal.deliver([output("goes", *range(PROGRESS)), output("stuck", *range(PROGRESS - 1))])
+            journal.lost()
+            stuck.sent()
+            goes.sent()
+        assert (stuck.deaths, goes.deaths) == (3, 1)
+
+    def test_is_suspected_of_the_only_one_that_got_no_further(self, journal: Journal) -> None:
+        stuck, goes = opened(journal, "stuck", "goes")
+        journal.lost()
+        assert not stuck.suspect and not goes.suspect  # it could have been either
+        goes.sent()
+        stuck.sent()
+        journal.deliver([output("goes", *range(PROGRESS))])
+        journal.lost()
+        assert stuck.suspect and not goes.suspect
+
+    def test_is_suspected_of_all_choices_of_one_request(self, journal: Journal) -> None:
+        children = [journal.open(request(name, of="parent")) for name in ("0_parent", "1_parent")]
+        for child in children:
+            child.sent()
+        journal.lost()
+        assert all(child.suspect for child in children)
