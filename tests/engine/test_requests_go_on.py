@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -13,7 +14,9 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from engine_faults import FAULT, FAULTS
+from safetensors.torch import save_file
 
 from xinf_vllm_backend.engine.lifecycle import State
 from xinf_vllm_backend.engine.member import EngineMember
@@ -38,7 +41,7 @@ class Stream:
 
     made = 0
 
-    def __init__(self, member: EngineMember, prompt: Any = PROMPT, **params: Any) -> None:
+    def __init__(self, member: EngineMember, prompt: Any = PROMPT, lora: Any = None, **params: Any) -> None:
         from vllm import SamplingParams
 
         defaults = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True}
@@ -48,11 +51,12 @@ class Stream:
         self.outputs: list[Any] = []
         self._member = member
         self._prompt = prompt
+        self._lora = lora
         self._more = asyncio.Event()
         self.task = asyncio.ensure_future(self._run())
 
     async def _run(self) -> list[Any]:
-        async for output in self._member.generate(self._prompt, self.params, self.id):
+        async for output in self._member.generate(self._prompt, self.params, self.id, lora_request=self._lora):
             self.outputs.append(output)
             self._more.set()
         return self.outputs
@@ -384,3 +388,37 @@ async def test_a_hundred_restarts_leave_this_process_as_it_was(make_watched: Any
     assert last["MiB resident"] <= first["MiB resident"] + 20
     for name in ("files", "threads", "tasks", "processes", "shared memory", "directories"):
         assert last[name] <= first[name] + 2, (name, series)
+
+
+def make_lora(directory: Path, model: Path) -> Path:
+    """Write a random LoRA adapter of rank 8 for the query projections of ``model``."""
+    config = json.loads((model / "config.json").read_text())
+    hidden = config["hidden_size"]
+    draw = torch.Generator().manual_seed(0)
+    tensors = {}
+    for layer in range(config["num_hidden_layers"]):
+        name = f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora"
+        tensors[f"{name}_A.weight"] = torch.randn(8, hidden, generator=draw)
+        tensors[f"{name}_B.weight"] = torch.randn(hidden, 8, generator=draw)
+    directory.mkdir()
+    save_file(tensors, directory / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    (directory / "adapter_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+async def test_a_lora_that_was_added_while_it_ran_is_there_again(
+    make_watched: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    member = await make_watched(enable_lora=True, max_lora_rank=8, dtype="float32")  # prefill rounds as decode does
+    lora = LoRARequest("extra", 1, str(make_lora(tmp_path / "lora", tiny_model)))
+    assert await member.add_lora(lora)
+    plain, before, after = Stream(member), Stream(member, lora=lora), Stream(member, lora=lora)
+    await asyncio.gather(plain.end(), before.end(), after.given(20))
+    os.kill(victim(member, WORKER), signal.SIGKILL)
+    await after.end()
+    assert after.told == before.told != plain.told
+    await until(lambda: member.restarts == 1)
+    assert await member.list_loras() == {1}

@@ -144,6 +144,8 @@ class EngineMember:
             while self.lifecycle.state in (State.READY, State.STALE):
                 budget.healthy()
                 hung = await self._until_dead()
+                if self.lifecycle.state not in (State.READY, State.STALE):
+                    break
                 self._client.lose()
                 await vllm_seams.forget_inputs(self._engine)
                 if resuming is not None:
