@@ -65,13 +65,15 @@ def test_what_only_the_dead_engine_had_cannot_be_sent_again() -> None:
         resume.continuation(asked, [], True)
 
 
-@pytest.mark.parametrize("field", ["prompt_embeds", "resumable"])
-def test_what_cannot_be_continued_says_so(field: str) -> None:
+def test_what_cannot_be_continued_says_so() -> None:
     asked = request()
-    setattr(asked, field, True)
+    asked.prompt_embeds = True
     assert resume.continuation(asked, [], True) is asked
-    with pytest.raises(CannotResumeError, match="cannot go on with another; send it again"):
+    with pytest.raises(CannotResumeError, match="a prompt of embeddings cannot go on with another; send it again"):
         resume.continuation(asked, [4], True)
+    asked.resumable = True
+    with pytest.raises(CannotResumeError, match="a prompt that is still being streamed cannot go on"):
+        resume.continuation(asked, [], True)
 
 
 @pytest.mark.parametrize(

@@ -235,7 +235,7 @@ class EngineClient:
             try:
                 outputs = await core.get_output_async()
             except Exception as error:  # whatever it is, no more comes from there
-                if core is self._core:
+                if core is self._core and self._error is None:
                     if not isinstance(error, vllm_seams.engine_dead_errors()):
                         logger.exception("The outputs of the vLLM engine of %s cannot be read", self._name)
                     self._found_dead(core)

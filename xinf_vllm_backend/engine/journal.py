@@ -82,8 +82,8 @@ class Journal:
         return self._entries.get(entry.id) is entry
 
     def open(self, request: Any) -> Entry:
-        entry = self._entries[request.request_id] = Entry(request, self._clock())
-        return entry
+        """The entry of ``request``, a new one unless it is a further part of a prompt that is being streamed."""
+        return self._entries.setdefault(request.request_id, Entry(request, self._clock()))
 
     def deliver(self, outputs: Iterable[Any]) -> None:
         """Note what is about to be delivered: ``EngineCoreOutput`` s."""

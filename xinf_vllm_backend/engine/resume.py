@@ -27,6 +27,8 @@ def continuation(request: Any, tokens: list[int], advances_grammars: bool) -> An
     """
     if any(feature.data is None for feature in request.mm_features or ()):
         raise _error(request, "multimodal input of which only the engine had a copy")
+    if request.resumable:
+        raise _error(request, "a prompt that is still being streamed")
     if not tokens:
         return request
     _refuse(request, advances_grammars)
@@ -48,8 +50,6 @@ def _refuse(request: Any, advances_grammars: bool) -> None:
         raise _error(request, "a pooling request")
     if request.prompt_embeds is not None:
         raise _error(request, "a prompt of embeddings")
-    if request.resumable:
-        raise _error(request, "a prompt that is still being streamed")
     if request.sampling_params.structured_outputs is not None and not advances_grammars:
         raise _error(request, "structured output with this version of vLLM")
 
