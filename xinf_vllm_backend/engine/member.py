@@ -144,7 +144,7 @@ class EngineMember:
             while self.lifecycle.state in (State.READY, State.STALE):
                 budget.healthy()
                 hung = await self._until_dead()
-                if self.lifecycle.state not in (State.READY, State.STALE):
+                if hung is None:
                     break
                 self._client.lose()
                 await vllm_seams.forget_inputs(self._engine)
@@ -162,8 +162,8 @@ class EngineMember:
             if resuming is not None:
                 resuming.cancel()
 
-    async def _until_dead(self) -> str:
-        """Return when the engine died, or how it hangs."""
+    async def _until_dead(self) -> str | None:
+        """Return how the engine hangs, "" when it died, None when it was stopped."""
         interval = self._settings.health_interval
         incarnation = self._current
         hang = HangClock(self._settings.hang_timeout, interval)
@@ -183,7 +183,7 @@ class EngineMember:
                     return f"The vLLM engine of {self.name} hangs: {silent}"
                 self._client.fail_waiting(self._settings.recovery_timeout, self._waited)
                 await self._notice_or(interval)
-            return ""
+            return None if self.lifecycle.state in (State.STOPPING, State.STOPPED) else ""
         finally:
             if asked is not None:
                 asked.cancel()
