@@ -351,7 +351,8 @@ class Traffic:
             with self._lock:
                 self.left += 1
         except Exception as error:  # whatever it is, there is no answer
-            what = f"{type(error).__name__}: {error} {getattr(error, 'body', None) or ''}"
+            why = getattr(error, "body", None) or error.__cause__ or ""
+            what = f"{type(error).__name__}: {error} {why!r}"
             with self._lock:
                 self.lost.append(Trouble(request.name, begun, time.monotonic(), what))
             self._ended.wait(PAUSE)

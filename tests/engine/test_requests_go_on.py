@@ -218,6 +218,25 @@ async def test_whatever_ends_a_step_the_requests_go_on(make_watched: Any, tmp_pa
     assert expected.get(action, "exited with status 3") in reason
 
 
+async def test_an_engine_that_is_told_to_end_aborts_its_requests_in_vain(make_watched: Any) -> None:
+    member = await make_watched()
+
+    async def terminate(streams: list[Stream]) -> None:
+        await streams[0].given(20)
+        os.kill(victim(member, ENGINE_CORE), signal.SIGTERM)
+
+    await undisturbed_and_not(member, {"deltas": kinds()["deltas"], "whole": kinds()["whole"]}, terminate)
+    assert member.restarts == 1
+    stream = Stream(member)
+    await stream.given(5)
+    await member.pause_generation(mode="abort")  # which is wanted
+    await stream.end()
+    assert stream.told[0]["reason"] == "abort"
+    await member.resume_generation()
+    assert len(await Stream(member).end()) == TOKENS
+    assert member.restarts == 1
+
+
 @pytest.mark.parametrize("title", [ENGINE_CORE, WORKER])
 async def test_a_stopped_process_of_an_idle_engine_is_found_and_replaced(make_watched: Any, title: str) -> None:
     member = await make_watched(hang_timeout=2.0)

@@ -22,7 +22,7 @@ def request(name: str, of: str | None = None) -> Any:
     return SimpleNamespace(request_id=name, external_req_id=of or name)
 
 
-def output(name: str, *tokens: int, finish_reason: int | None = None) -> Any:
+def output(name: str, *tokens: int, finish_reason: Any = None) -> Any:
     return SimpleNamespace(request_id=name, new_token_ids=list(tokens), finish_reason=finish_reason)
 
 
@@ -108,3 +108,22 @@ class TestADeath:
             child.sent()
         journal.lost()
         assert all(child.suspect for child in children)
+
+
+class Abort:
+    def __str__(self) -> str:
+        return "abort"
+
+
+class TestAnEngineThatAborts:
+    def test_its_requests_unasked_ends_none_of_them(self, journal: Journal) -> None:
+        entry, other = opened(journal, "a", "b")
+        aborted = journal.deliver([output("a", 9, finish_reason=Abort()), output("b", 1)])
+        assert aborted == {"a"} and entry in journal
+        assert (entry.tokens, other.tokens) == ([], [1])
+
+    def test_its_requests_because_it_was_told_to_ends_them(self, journal: Journal) -> None:
+        (entry,) = opened(journal, "a")
+        journal.aborts_wanted = True
+        assert journal.deliver([output("a", finish_reason=Abort())]) == set()
+        assert entry not in journal

@@ -205,7 +205,9 @@ class Cluster:
         """The OpenAI client for this cluster: no retries, ``timeout`` seconds for a request."""
         from openai import OpenAI
 
-        http = httpx.Client(trust_env=False, timeout=timeout)
+        # The server closes a connection that is idle for 5 s; a request that uses it just then would be lost.
+        limits = httpx.Limits(keepalive_expiry=1.0)
+        http = httpx.Client(trust_env=False, timeout=timeout, limits=limits)
         return OpenAI(base_url=f"{self.endpoint}/v1", api_key="none", max_retries=0, timeout=timeout, http_client=http)
 
     def log_text(self) -> str:

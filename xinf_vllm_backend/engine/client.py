@@ -26,6 +26,9 @@ logger = logging.getLogger("xinference.vllm_backend")
 TRIAL_MARGIN = 10.0  # seconds beyond hang_timeout in which a suspected request must have got further
 # Calls that only ask: one that was lost with its engine is made again.
 _QUESTION = re.compile(r"^(get_|is_|list_)")
+# Calls by which an engine is told to end its requests, and those after which it serves again.
+_ABORTS = ("pause_scheduler_async", "sleep_async")
+_ABORTS_NO_MORE = ("resume_scheduler_async", "wake_up_async")
 # Calls of Workers that change weights, but for those that only announce it.
 _CHANGES_WEIGHTS = re.compile(r"^(?!get_|is_|init_|check_|save_|list_).*weight")
 
@@ -90,6 +93,7 @@ class EngineClient:
         """Be served by ``core``, a client that vLLM made, from now on."""
         self._core = self._last = core
         self._stale, self._refitting = None, False
+        self.journal.aborts_wanted = False
         self._gone = asyncio.Event()
         self._ready.set()
 
@@ -241,7 +245,9 @@ class EngineClient:
                     self._found_dead(core)
                 continue
             if core is self._core:
-                self.journal.deliver(outputs.outputs)
+                if aborted := self.journal.deliver(outputs.outputs):
+                    outputs.outputs = [output for output in outputs.outputs if output.request_id not in aborted]
+                    self._found_dead(core)  # it is ending, and its requests go on elsewhere
                 return outputs
 
     def shutdown(self, timeout: float | None = None) -> None:
@@ -261,6 +267,8 @@ class EngineClient:
         """
         while True:
             core = await self._engine()
+            if name in _ABORTS:
+                self.journal.aborts_wanted = True
             call = asyncio.ensure_future(getattr(core, name)(*args, **kwargs))
             gone = asyncio.ensure_future(self._gone.wait())
             try:
@@ -288,6 +296,8 @@ class EngineClient:
             self._again.pop(("lora", args[0]), None)
         elif name == "set_weight_version_async":
             self._again["version", None] = name, args
+        elif name in _ABORTS_NO_MORE:
+            self.journal.aborts_wanted = False
         elif name == "collective_rpc_async":
             method = getattr(args[0], "__name__", str(args[0]))
             if _CHANGES_WEIGHTS.match(method):

@@ -65,12 +65,17 @@ class Journal:
 
     Args:
         clock: seconds.
+
+    Attributes:
+        outputs: how many batches were delivered.
+        aborts_wanted: whether the engine was told to end its requests, as by a pause.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._entries: dict[str, Entry] = {}
-        self.outputs = 0  # batches that were delivered
+        self.outputs = 0
+        self.aborts_wanted = False
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -85,19 +90,28 @@ class Journal:
         """The entry of ``request``, a new one unless it is a further part of a prompt that is being streamed."""
         return self._entries.setdefault(request.request_id, Entry(request, self._clock()))
 
-    def deliver(self, outputs: Iterable[Any]) -> None:
-        """Note what is about to be delivered: ``EngineCoreOutput`` s."""
+    def deliver(self, outputs: Iterable[Any]) -> set[str]:
+        """Note ``EngineCoreOutput`` s as delivered, but for those that end a request which nobody asked to abort.
+
+        Returns:
+            The ids of these; an engine that is told to end says so of all its requests.
+        """
         self.outputs += 1
+        aborted = set()
         entries = self._entries
         for output in outputs:  # for every token of every request: nothing here that can be elsewhere
             entry = entries.get(output.request_id)
             if entry is not None:
+                if output.finish_reason is not None:
+                    if str(output.finish_reason) == "abort" and not self.aborts_wanted:
+                        aborted.add(output.request_id)
+                        continue
+                    self.close((output.request_id,))
                 tokens = entry.tokens
                 tokens += output.new_token_ids
                 if len(tokens) >= entry.goal:
                     entry.reached_goal()
-                if output.finish_reason is not None:
-                    self.close((output.request_id,))
+        return aborted
 
     def close(self, ids: Iterable[str]) -> None:
         """Forget those that ended."""
