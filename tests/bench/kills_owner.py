@@ -163,7 +163,7 @@ class Owner:
         found: dict[str, list[int]] = {"zygote": [pid] if (pid := preload.zygote_pid()) else []}
         if self._member is not None:
             # By the names that vLLM gives its children: a process gets its title only later, when it has imported.
-            names = {child.pid: child.name for child in list(self._member._context.children)}
+            names = {child.pid: child.name for child in list(self._member._current._context.children)}
             for process in self._member.processes():
                 name = names.get(process["pid"], "Worker")
                 if name != vllm_seams.INSPECTION_PROCESS:

@@ -76,6 +76,7 @@ class Incarnation:
         self._settings = settings
         self._on_phase = on_phase
         self._made: Any = None
+        self._resources: list[Any] = []
         self._phase = Phase.ENVIRONMENT
         self._deadline = 0.0
         self._woken = threading.Event()  # loaded, failed or stopped
@@ -120,6 +121,7 @@ class Incarnation:
                 self._load(make)
             except BaseException as error:  # handed to the thread that waits
                 failures.append(error)
+                self._release()
             finally:
                 self._woken.set()
 
@@ -150,7 +152,7 @@ class Incarnation:
             locks = held.enter_context(DeviceLocks(devices, self.name))
             locks.acquire(self._left(LOCK_MARGIN), self._stopping)
             launch = held.enter_context(launch_lock.hold(self.name, self._left(LOCK_MARGIN), self._stopping))
-            held.enter_context(vllm_seams.starts_from(self._context, launch.release))
+            held.enter_context(vllm_seams.starts_from(self._context, launch.release, self._resources))
             self._leave_together()
             self._enter(Phase.CONFIGURATION)
             self._made = make()
@@ -186,6 +188,10 @@ class Incarnation:
         if any(child.exitcode for child in self._context.children):  # a child failed, so it knows better
             cause = diagnosis.root_cause(self._tail.lines()) or self._how_children_ended() or cause
         return f"The vLLM engine of {self.name} failed to start: {cause}"
+
+    def _release(self) -> None:
+        for resources in self._resources:
+            vllm_seams.release(resources)
 
     # -- watch
 
@@ -275,8 +281,8 @@ class Incarnation:
             for child in self._context.children:
                 child.join(KILL_TIMEOUT)  # reap it
                 child.release()
-            if self.client is not None:
-                vllm_seams.release(self.client)
+            if self._made is not None:  # else the thread that makes it does that
+                self._release()
             if self._leftovers is not None:
                 self._leftovers.remove(REMOVE_TIMEOUT)
         if left:

@@ -252,7 +252,8 @@ class EngineMember:
         """Wait for ``work``, and tell requests that have waited for too long."""
         task = asyncio.ensure_future(work)
         try:
-            while not (await asyncio.wait([task], timeout=self._settings.health_interval))[0]:
+            while not task.done():
+                await asyncio.wait([task], timeout=self._settings.health_interval)
                 self._client.fail_waiting(self._settings.recovery_timeout, self._waited)
             return task.result()
         finally:

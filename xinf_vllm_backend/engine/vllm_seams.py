@@ -140,6 +140,12 @@ CLIENT = Seam(
     "restarting an engine in place, its requests going on",
     "an engine that died ends its model process, and Xinference starts the model again",
 )
+RESOURCES = Seam(
+    "vllm.v1.engine.core_client",
+    "BackgroundResources",
+    "giving back the sockets and threads of an engine that ended",
+    "they are left to the garbage collector, which may wait for them",
+)
 OUTPUT_QUEUE = Seam(
     "vllm.v1.engine.output_processor",
     "RequestOutputCollector.put",
@@ -162,6 +168,7 @@ SEAMS = (
     PROFILING,
     WARM_UP,
     CLIENT,
+    RESOURCES,
     OUTPUT_QUEUE,
     GRAMMAR,
 )
@@ -181,6 +188,7 @@ _WORKER_MODULES = {
 _of_this_thread: ContextVar[EngineContext | None] = ContextVar("engine context", default=None)
 _when_spawned: ContextVar[Callable[[], None]] = ContextVar("what follows the start of all processes")
 _wrap_client: ContextVar[Callable[[Any], Any]] = ContextVar("what takes the place of the client of EngineCore")
+_resources: ContextVar[list[Any]] = ContextVar("resources of the clients of EngineCore that were made")
 _of_this_process: EngineContext | None = None
 _install_lock = threading.Lock()
 
@@ -196,7 +204,9 @@ class _Multiprocessing:
 
 
 @contextlib.contextmanager
-def starts_from(context: EngineContext, when_spawned: Callable[[], None] = lambda: None) -> Iterator[None]:
+def starts_from(
+    context: EngineContext, when_spawned: Callable[[], None] = lambda: None, resources: list[Any] | None = None
+) -> Iterator[None]:
     """Let every engine child that vLLM starts on this thread come from ``context``.
 
     Meanwhile vLLM also reads "spawn" where it looks for it: some configurations are refused without, and where the
@@ -205,8 +215,10 @@ def starts_from(context: EngineContext, when_spawned: Callable[[], None] = lambd
     Args:
         context: makes the children.
         when_spawned: called when all of an engine's processes are started and the handshake begins.
+        resources: takes the ``BackgroundResources`` of each client of EngineCore that vLLM makes.
     """
     INSPECTION.wrap(_inspect_in_child)
+    RESOURCES.wrap(_noted)
     gone = [
         seam
         for seam, there in ((CONTEXT, _install_context()), (HANDSHAKE, HANDSHAKE.wrap(_announcing_spawned)))
@@ -218,6 +230,7 @@ def starts_from(context: EngineContext, when_spawned: Callable[[], None] = lambd
     changed = environment.public if CONTEXT in gone else environment.private
     context_token = _of_this_thread.set(context)
     spawned_token = _when_spawned.set(when_spawned)
+    resources_token = _resources.set([] if resources is None else resources)
     try:
         # LD_PRELOAD from the beginning: the inspection of the model comes before vLLM sets it.
         with changed(**(SPAWN | linked_first() | context.environment)):
@@ -225,6 +238,7 @@ def starts_from(context: EngineContext, when_spawned: Callable[[], None] = lambd
     finally:
         _of_this_thread.reset(context_token)
         _when_spawned.reset(spawned_token)
+        _resources.reset(resources_token)
 
 
 def start_method() -> str | None:
@@ -290,17 +304,19 @@ def is_dead(client: Any) -> bool:
     return bool(getattr(getattr(client, "resources", None), "engine_dead", False))
 
 
-def release(client: Any) -> None:
-    """Give back what ``client``, whose engine is gone, holds in this process; blocks for up to 2 s, so on a thread.
+def release(resources: Any) -> None:
+    """Give back what vLLM's client of an engine that is gone holds in this process; blocks for up to 2 s.
 
     vLLM closes its sockets on the loop that they served, which it may miss, and leaves their context to the garbage
-    collector; that would then wait for a socket which is open, on whatever thread it happens to run.
+    collector; that would then wait for a socket which is open, for ever, on whatever thread it happens to run.
+
+    Args:
+        resources: the client's ``BackgroundResources``. Where it served no loop, call this on the thread that made it.
     """
-    socket_class: Any = importlib.import_module("zmq").Socket
-    resources = getattr(client, "resources", None)
     context = getattr(resources, "ctx", None)
-    if context is None:
+    if context is None or context.closed:
         return
+    socket_class: Any = importlib.import_module("zmq").Socket
     task = getattr(resources, "output_queue_task", None)
     loop = None if task is None else task.get_loop()
     sockets = [getattr(resources, name, None) for name in _SOCKETS]
@@ -319,8 +335,9 @@ def release(client: Any) -> None:
     else:
         with contextlib.suppress(RuntimeError):  # it was closed just now
             loop.call_soon_threadsafe(close, True)
-    if closed.wait(RELEASE_TIMEOUT):
-        threading.Thread(target=context.term, name="vllm-context-end", daemon=True).start()
+        closed.wait(RELEASE_TIMEOUT)
+    # On a thread of its own, which keeps it from the collector for as long as a socket is open.
+    threading.Thread(target=context.term, name="vllm-context-end", daemon=True).start()
 
 
 async def ask_sign_of_life(client: Any) -> None:
@@ -545,6 +562,16 @@ def _wrapping(original: Callable[..., Any]) -> Callable[..., Any]:
         return _wrap_client.get(lambda client: client)(original(*args, **kwargs))
 
     return wrapping
+
+
+def _noted(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        made = original(*args, **kwargs)
+        _resources.get([]).append(made)
+        return made
+
+    return noted
 
 
 def _advanced(original: Callable[..., Any]) -> Callable[..., Any]:
