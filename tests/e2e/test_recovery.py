@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
 import subprocess
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -132,34 +130,6 @@ def test_what_vllm_prints_is_in_xinferences_log_file(serving: Cluster) -> None:
     text = log.read_text()
     assert re.search(r" INFO vllm\.EngineCore pid:\d+ .*init engine", text)
     assert re.search(r" INFO vllm\.Worker pid:\d+ ", text)
-
-
-def test_without_restarts_in_place_a_request_reads_why_and_the_model_is_made_anew(serving: Cluster) -> None:
-    assert serving.launch("tiny", "-u", "once", "--max_restarts", "0", "--enforce_eager", "true").returncode == 0
-    pids = {process["pid"] for process in serving.get("/v1/models/once/engine")["replicas"][0]["processes"]}
-    victim = next(p for p in serving.engine_processes("EngineCore") if p.pid in pids)
-
-    def ask(timeout: float = 60.0) -> Any:
-        question: Any = [{"role": "user", "content": "Who keeps the light?"}]
-        client = serving.openai(timeout=timeout)
-        return client.chat.completions.create(model="once", messages=question, max_tokens=1900, temperature=0)
-
-    with ThreadPoolExecutor(1) as pool:
-        chat = pool.submit(ask)
-        wait_until(lambda: serving.get("/v1/models/once/engine")["replicas"][0]["requests"], BACK, "it to run")
-        victim.kill()
-        with pytest.raises(openai.InternalServerError) as refused:
-            chat.result()
-    assert refused.value.status_code == 503
-    assert f"EngineCore (pid {victim.pid}) was killed by SIGKILL. Send the request again later." in str(refused.value)
-
-    def is_back() -> bool:
-        with contextlib.suppress(openai.OpenAIError):
-            return bool(ask().choices)
-        return False
-
-    wait_until(is_back, BACK, "the model to serve again")
-    serving.cli("terminate", "--model-uid", "once")
 
 
 def test_terminate_leaves_nothing(serving: Cluster) -> None:
