@@ -236,8 +236,8 @@ class EngineMember:
         if self.lifecycle.state is State.READY:
             try:
                 await self._client.resume()
-            except BackendError as error:
-                logger.error("%s", error)
+            except Exception:  # nobody awaits this task for what it raised
+                logger.exception("Requests of %s could not be sent to its restarted engine", self.name)
 
     def _refitted(self, method: str) -> None:
         self.lifecycle.move(State.READY, f"it got its weights by {method}()")
