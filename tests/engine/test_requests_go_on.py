@@ -18,10 +18,12 @@ import torch
 from engine_faults import FAULT, FAULTS
 from safetensors.torch import save_file
 
+from xinf_vllm_backend.engine.incarnation import Incarnation
 from xinf_vllm_backend.engine.lifecycle import State
 from xinf_vllm_backend.engine.member import EngineMember
 from xinf_vllm_backend.engine.vllm_seams import engine_dead_errors
 from xinf_vllm_backend.errors import CannotResumeError, EngineRestartingError, EngineStaleError, RequestQuarantinedError
+from xinf_vllm_backend.process.tree import ProcessTree
 
 pytestmark = pytest.mark.engine
 
@@ -344,6 +346,26 @@ async def test_an_engine_that_does_not_come_back_fails_with_the_first_cause_and_
     with pytest.raises(engine_dead_errors()):
         await Stream(member).end()
     assert member.processes() == []
+
+
+async def test_no_engine_is_started_beside_one_that_cannot_be_killed(
+    make_watched: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    member = await make_watched()
+    # Nothing here can be made to survive SIGKILL, as a process that waits for a device may.
+    kill, start = ProcessTree.kill, Incarnation.start
+    surviving = [psutil.Process()] * 4
+    starts: list[int] = []
+    monkeypatch.setattr(
+        ProcessTree, "kill", lambda tree, timeout: [*kill(tree, timeout), *(surviving.pop() for _ in surviving[:1])]
+    )
+    monkeypatch.setattr(Incarnation, "start", lambda *args: (starts.append(len(surviving)), start(*args))[1])
+    stream = Stream(member)
+    await stream.given(5)
+    os.kill(victim(member, ENGINE_CORE), signal.SIGKILL)
+    assert len(await stream.end()) == TOKENS
+    assert starts == [0] and member.restarts == 1
+    assert f"Processes of the vLLM engine of {member.name} could not be killed: pid {os.getpid()}" in caplog.text
 
 
 async def test_weights_that_were_changed_make_a_restarted_engine_stale_until_they_come_again(make_watched: Any) -> None:

@@ -251,7 +251,7 @@ class Incarnation:
         how = "" if hung else self._how_it_ended()  # before the rest of it is killed
         try:
             self.stop(lambda: self.client.shutdown(timeout=0), EXIT_TIMEOUT, kill=True)
-        except Exception as error:  # nothing of this may keep the next one from being started
+        except Exception as error:  # whoever starts the next one sees to it first that this one is gone
             logger.exception("What is left of the vLLM engine of %s could not be ended: %s", self.name, error)
         self._context.await_output(EXIT_TIMEOUT)
         return hung or self._death(how)

@@ -219,6 +219,7 @@ class EngineMember:
                 return
 
     def _start_again(self) -> Incarnation:
+        self._current.stop(kill=True)  # none beside what is left of the last, which failed to end if this raises
         incarnation = self._next_incarnation(lambda phase: None)
         incarnation.client = incarnation.start(lambda: vllm_seams.make_client(copy.deepcopy(self._engine_args)))
         return incarnation
