@@ -36,7 +36,7 @@ import inspect, pickle
 import cloudpickle
 from xinference.extensions import get_extensions
 from xinference.model.llm import BUILTIN_LLM_FAMILIES, llm_family, register_builtin_model
-from xinf_vllm_backend.plugin.models import CLASSES
+from xinf_vllm_backend.plugin.vllm.models import CLASSES
 
 (extension,) = get_extensions()
 assert (extension.name, extension.api_version) == ("xinf_vllm_backend", 1)

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -136,3 +137,22 @@ def test_terminate_leaves_nothing(serving: Cluster) -> None:
     ended = serving.cli("terminate", "--model-uid", "tiny")
     assert ended.returncode == 0, ended.stderr
     wait_until(lambda: not serving.engine_processes() + serving.model_processes(), GONE, "everything to be gone")
+
+
+def test_when_no_restart_is_left_requests_read_why_and_the_model_is_made_anew(serving: Cluster) -> None:
+    assert serving.launch("tiny", "--max_restarts", "0").returncode == 0
+    (victim,), (model,) = serving.engine_processes("EngineCore"), serving.model_processes()
+    kill(serving, victim, signal.SIGSTOP)  # nothing is answered until that is found to be a hang
+    asked = {"chat/completions": {"messages": [{"role": "user", "content": "a"}]}, "completions": {"prompt": "a"}}
+
+    def ask(route: str, stream: bool) -> tuple[int, str]:
+        body = {"model": "tiny", "max_tokens": 20, "stream": stream, **asked[route]}
+        answer = httpx.post(f"{serving.endpoint}/v1/{route}", json=body, trust_env=False, timeout=BACK)
+        return answer.status_code, answer.text
+
+    kinds = [(route, stream) for route in asked for stream in (False, True)]
+    with ThreadPoolExecutor(len(kinds)) as pool:
+        told = list(pool.map(lambda kind: ask(*kind), kinds))
+    assert [status for status, _ in told] == [503, 200, 503, 200]
+    assert all("tiny-rep0 hangs: for 5 s it has given no sign of life" in text for _, text in told), told
+    wait_until(lambda: not model.is_running() and answers(serving), BACK, "the model to serve again")

@@ -24,7 +24,7 @@ def model(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("xinference.constants.XINFERENCE_HOME", str(tmp_path))
     from xinference.model.llm.llm_family import CustomLLMFamilyV2
 
-    from xinf_vllm_backend.plugin.models import HostedVLLMChatModel
+    from xinf_vllm_backend.plugin.vllm.models import HostedVLLMChatModel
 
     family = CustomLLMFamilyV2.parse_obj(model_registration("tiny", tiny_model))
     return HostedVLLMChatModel("tiny-rep0", family, str(tiny_model), {"enforce_eager": True, "max_restarts": 1})

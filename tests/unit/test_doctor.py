@@ -88,7 +88,7 @@ class TestTheExtension:
     @pytest.fixture
     def classes(self, monkeypatch: pytest.MonkeyPatch) -> set[str]:
         """The classes that Xinference has behind the engine name."""
-        classes = {"xinf_vllm_backend.plugin.models.HostedVLLMModel"}
+        classes = {"xinf_vllm_backend.plugin.vllm.models.HostedVLLMModel"}
         monkeypatch.setattr(doctor, "_classes_behind_vllm", lambda: classes)
         return classes
 

@@ -204,6 +204,10 @@ class Incarnation:
             or vllm_seams.is_dead(self.client)
         )
 
+    def is_halted(self) -> bool:
+        """Whether one of the processes is stopped, as by SIGSTOP."""
+        return self._context.tree.is_halted()
+
     def seconds_of_cpu(self) -> tuple[dict[int, float], dict[int, float]]:
         """Of Workers and of all other processes, by pid, how many each and those that it started have used so far."""
         return self._context.tree.seconds_of_cpu(vllm_seams.WORKER)

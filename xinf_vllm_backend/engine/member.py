@@ -175,7 +175,7 @@ class EngineMember:
                 if delivered != self._client.journal.outputs:
                     delivered = self._client.journal.outputs
                     hang.heard()
-                elif asked is None or asked.done():
+                elif (asked is None or asked.done()) and not incarnation.is_halted():
                     hang.heard()
                     asked = asyncio.ensure_future(vllm_seams.ask_sign_of_life(incarnation.client))
                 elif hang.look(workload.works(*incarnation.seconds_of_cpu())):
@@ -231,7 +231,8 @@ class EngineMember:
             self.lifecycle.move(State.STALE, f"{how}, without the weights of {self._client.changed_weights}()")
             self._client.go_stale(EngineStaleError(self._stale()))
         else:
-            self.lifecycle.move(State.READY, f"{how}; {len(self._client.journal)} requests go on")
+            count = len(self._client.journal)
+            self.lifecycle.move(State.READY, f"{how}; {count} request{' goes' if count == 1 else 's go'} on")
 
     async def _resume(self) -> None:
         if self.lifecycle.state is State.READY:

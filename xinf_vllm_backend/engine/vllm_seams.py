@@ -158,6 +158,12 @@ GRAMMAR = Seam(
     "structured output that goes on after its engine died",
     "such a request fails if it had begun",
 )
+INPUTS = Seam(
+    "vllm.multimodal.registry",
+    "MultiModalRegistry._get_cache_type",
+    "multimodal requests that go on after their engine died",
+    "one whose input had been sent before, with another, fails",
+)
 SEAMS = (
     CONTEXT,
     HANDSHAKE,
@@ -171,6 +177,7 @@ SEAMS = (
     RESOURCES,
     OUTPUT_QUEUE,
     GRAMMAR,
+    INPUTS,
 )
 
 # What the zygote imports for every engine; none of them is needed for an engine to work.
@@ -219,6 +226,7 @@ def starts_from(
     """
     INSPECTION.wrap(_inspect_in_child)
     RESOURCES.wrap(_noted)
+    INPUTS.wrap(_kept_here)
     gone = [
         seam
         for seam, there in ((CONTEXT, _install_context()), (HANDSHAKE, HANDSHAKE.wrap(_announcing_spawned)))
@@ -258,6 +266,7 @@ def prepare_child() -> None:
     if bootstrap.family().mark:
         SHARED_MEMORY.wrap(functools.partial(_marked, bootstrap.family().mark))
     GRAMMAR.wrap(_advanced)
+    INPUTS.wrap(_kept_here)
     for seam, phase in ((WEIGHTS, "weights"), (PROFILING, "memory profiling"), (WARM_UP, "warm-up")):
         seam.wrap(functools.partial(_reporting, phase))
 
@@ -362,6 +371,8 @@ def fail_request(engine: Any, request_id: str, error: Exception) -> None:
 
 async def forget_inputs(engine: Any) -> None:
     """Have ``engine``, an AsyncLLM, no longer take for granted that EngineCore has multimodal inputs that it sent."""
+    if INPUTS.present():  # it takes nothing for granted
+        return
     clear = getattr(getattr(engine, "renderer", None), "clear_mm_cache_async", None)
     if clear is not None:
         await clear()
@@ -595,9 +606,27 @@ def _reasoned(manager: Any, request: Any, given: list[int]) -> int:
     reasoner = manager._get_reasoner(request) if hasattr(manager, "_get_reasoner") else None
     if reasoner is None or getattr(manager, "enable_in_reasoning", False):
         return 0
-    prompt = request.prompt_token_ids[: len(request.prompt_token_ids) - len(given)]
-    ends = (n for n in range(len(given) + 1) if reasoner.is_reasoning_end([*prompt, *given[:n]]))
-    return next(ends, len(given))
+    so_far = request.prompt_token_ids[: len(request.prompt_token_ids) - len(given)]
+    if reasoner.is_reasoning_end(so_far):
+        return 0
+    for count, token in enumerate(given, 1):
+        so_far.append(token)
+        if reasoner.is_reasoning_end_streaming(so_far, [token]):
+            return count
+    return len(given)
+
+
+def _kept_here(original: Callable[..., str | None]) -> Callable[..., str | None]:
+    """Keep processed multimodal inputs in the process of AsyncLLM and not in EngineCore, with which they would go.
+
+    vLLM does so itself where one AsyncLLM has several EngineCores.
+    """
+
+    @functools.wraps(original)
+    def cache_type(*args: Any, **kwargs: Any) -> str | None:
+        return original(*args, **kwargs) and "processor_only"
+
+    return cache_type
 
 
 def _marked(mark: str, original: Callable[..., str]) -> Callable[..., str]:

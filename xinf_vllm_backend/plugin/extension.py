@@ -39,7 +39,7 @@ def install() -> None:
     from xinference.model.llm import generate_engine_config_by_model_family, llm_family
     from xinference.model.llm.custom import get_user_defined_llm_families
 
-    from .models import CLASSES
+    from .vllm.models import CLASSES
 
     _define_metrics()
     if tuple(llm_family.VLLM_CLASSES[: len(CLASSES)]) == CLASSES:

@@ -34,6 +34,10 @@ class ProcessTree:
         """Those recorded that still run; a zombie does not."""
         return [process for process in self._known if _runs(process)]
 
+    def is_halted(self) -> bool:
+        """Whether one of them is stopped, as by SIGSTOP."""
+        return any(_status(process) == psutil.STATUS_STOPPED for process in self._known)
+
     def describe(self) -> list[dict[str, int | str]]:
         """Pid and title of each that runs, sorted by pid."""
         found: list[dict[str, int | str]] = []
@@ -90,7 +94,12 @@ def _seconds_of_cpu(process: psutil.Process) -> float:
 
 
 def _runs(process: psutil.Process) -> bool:
+    return _status(process) not in (psutil.STATUS_ZOMBIE, None)
+
+
+def _status(process: psutil.Process) -> str | None:
+    """None where it is gone, and its pid may be another's."""
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return process.status() if process.is_running() else None
     except psutil.NoSuchProcess:
-        return False
+        return None

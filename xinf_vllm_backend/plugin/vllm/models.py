@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from xinference.model.llm.vllm.core import VLLMChatModel, VLLMModel, VLLMMultiModel
 
-from .check import vllm_check
-from .host import HostedModel, undecorated
+from ..check import vllm_check
+from ..host import HostedModel, undecorated
 
 
 class HostedVLLMModel(HostedModel):
