@@ -50,6 +50,7 @@ REQUESTS_OURS = (*OURS, "--restart_refill", "5", "--max_deaths_per_request", "20
 LENGTH = 1900  # tokens of a stream, about all that the tiny model has room for: it has to be running at the fault
 BOUND = 120.0  # seconds after which "never" is said
 STOPPED = 40.0  # seconds; the same for stock whose EngineCore is stopped, which is continued then
+ATTEMPTS = 5  # to have all streams run at the same time
 RESEND = 0.2  # seconds from a refusal to the next try
 BACK = 180.0  # seconds until a side has to answer after a fault
 RUN = 1800.0  # seconds that all requests of the second part may take
@@ -138,13 +139,7 @@ def strike(cluster: Cluster, clients: int, fault: str, bound: float) -> dict[str
     engine = cluster.engine_processes()  # before the streams: looking takes a while, and they are to run at the signal
     victim = max(victims(cluster, kind), key=psutil.Process.create_time)
     with cluster.openai(timeout=BOUND) as client:
-        streams = [Stream(client, number) for number in range(clients)]
-        readers = [threading.Thread(target=stream.read, daemon=True) for stream in streams]
-        for reader in readers:
-            reader.start()
-        wait_until(lambda: all(stream.chunks for stream in streams), BOUND, "all streams to run")
-        if over := sum(stream.failed is not None for stream in streams):
-            raise RuntimeError(f"{over} of {clients} streams ended before the fault")
+        streams, readers = _all_running(client, clients)
         since = time.monotonic()
         victim.send_signal(how)
         newcomer = Newcomer(client, since, bound)
@@ -165,6 +160,21 @@ def strike(cluster: Cluster, clients: int, fault: str, bound: float) -> dict[str
                 orphan.kill()
     first = math.inf if newcomer.after is None else newcomer.after
     return {MEDIAN: statistics.median(goes_on), WORST: max(goes_on), FIRST: first, FAILED: 100 * failed / clients}
+
+
+def _all_running(client: OpenAI, clients: int) -> tuple[list[Stream], list[threading.Thread]]:
+    """Streams that run at the same time, and their threads; the first of a fresh API process may follow each other."""
+    for _ in range(ATTEMPTS):
+        streams = [Stream(client, number) for number in range(clients)]
+        readers = [threading.Thread(target=stream.read, daemon=True) for stream in streams]
+        for reader in readers:
+            reader.start()
+        wait_until(lambda: all(each.chunks or each.failed for each in streams), BOUND, "all streams to run")  # noqa: B023
+        if all(stream.failed is None for stream in streams):
+            return streams, readers
+        for reader in readers:
+            reader.join(BOUND)
+    raise RuntimeError(f"{clients} streams did not run at the same time in {ATTEMPTS} attempts")
 
 
 def _answers(cluster: Cluster) -> bool:
