@@ -42,12 +42,15 @@ if TYPE_CHECKING:
 PARTS = ("faults", "requests", "overhead")
 SIDES = ("stock", "ours")
 CLIENTS = (1, 32)
+NO_FAULT = "none"
 # The model process comes last of each: stock's engine outlives it.
-DRAWN = ("SIGKILL EngineCore", "SIGKILL Worker", "SIGSTOP EngineCore", MODEL_PROCESS)
+DRAWN = (NO_FAULT, "SIGKILL EngineCore", "SIGKILL Worker", "SIGSTOP EngineCore", MODEL_PROCESS)
 HANG = ("--hang_timeout", "5")
 OURS = (*HANG, "--max_restarts", "50")
 REQUESTS_OURS = (*OURS, "--restart_refill", "5", "--max_deaths_per_request", "20")
-LENGTH = 1900  # tokens of a stream, about all that the tiny model has room for: it has to be running at the fault
+# Of the model of the first part: so slow that what it generates is delivered at once, without silences of its own.
+LAYERS = 96
+LENGTH = 160  # tokens of a stream, for which it takes some seconds: it has to be running at the fault
 BOUND = 120.0  # seconds after which "never" is said
 STOPPED = 40.0  # seconds; the same for stock whose EngineCore is stopped, which is continued then
 ATTEMPTS = 5  # to have all streams run at the same time
@@ -62,11 +65,12 @@ BATCHES = 24  # of one round of throughput: some seconds
 MEDIAN, WORST, FIRST, FAILED, NEVER = "median", "worst", "first answer", "failed", "never"
 THROUGHPUT = f"{REQUESTS} requests x {TOKENS} tokens, greedy"
 NOTES = f"""\
-Seconds from the signal, at which all streams ran. A stream goes on with the chunk after its longest silence from then
-on: what was on its way at the signal comes first. "Never": it failed, or was silent until the end, after
+The longest silence of each stream from the signal on, at which all ran: what was on its way comes first, then nothing
+until the engine is back. "Never": the stream failed, or was silent until the end, after
 {BOUND:g} s ({STOPPED:g} s where stock's EngineCore is stopped, which is continued then). The first answer is that of a
 new request, sent at the signal and again {RESEND:g} s after each refusal. Ours is launched with `{" ".join(OURS)}`,
-stock with the sizes without which it does not start on a CPU; both with `{" ".join(LAUNCH)}`.
+stock with the sizes without which it does not start on a CPU; both with `{" ".join(LAUNCH)}`, and both with a
+model of {LAYERS} tiny layers: with two, streams come in bursts on two cores, also when nothing happens.
 """
 
 # -- one fault
@@ -97,13 +101,13 @@ class Stream:
                 finish = chunk.choices[0].finish_reason if chunk.choices else finish
         self.failed = finish is None
 
-    def goes_on(self, since: float, until: float) -> float:
-        """Seconds from ``since`` to the chunk after the longest silence; infinite if none came before ``until``."""
+    def silence(self, since: float, until: float) -> float:
+        """Seconds of the longest silence; infinite if the stream failed, or if nothing more came ``until`` the end."""
         if self.failed:
             return math.inf
         times = [since, *(chunk for chunk in self.chunks if since < chunk < until)]
-        silence, end = max(((b - a, b) for a, b in pairwise(times)), default=(0.0, since))
-        return math.inf if self.failed is None and until - times[-1] > silence else end - since
+        longest = max((b - a for a, b in pairwise(times)), default=0.0)
+        return math.inf if self.failed is None and until - times[-1] > longest else longest
 
 
 @dataclass
@@ -135,7 +139,7 @@ def strike(cluster: Cluster, clients: int, fault: str, bound: float) -> dict[str
         RuntimeError: not all streams ran at it.
     """
     wait_until(lambda: _answers(cluster), BACK, "an answer before the fault")
-    kind, how = FAULTS[fault]
+    kind, how = FAULTS.get(fault, ("EngineCore", 0))  # signal 0 does nothing
     engine = cluster.engine_processes()  # before the streams: looking takes a while, and they are to run at the signal
     victim = max(victims(cluster, kind), key=psutil.Process.create_time)
     with cluster.openai(timeout=BOUND) as client:
@@ -148,7 +152,7 @@ def strike(cluster: Cluster, clients: int, fault: str, bound: float) -> dict[str
         with contextlib.suppress(TimeoutError):
             wait_until(lambda: not any(reader.is_alive() for reader in readers), bound, "all to end")
         until = time.monotonic()
-        goes_on = [stream.goes_on(since, until) for stream in streams]
+        silences = [stream.silence(since, until) for stream in streams]
         failed = sum(bool(stream.failed) for stream in streams)
         with contextlib.suppress(psutil.NoSuchProcess):
             victim.send_signal(signal.SIGCONT)
@@ -159,7 +163,7 @@ def strike(cluster: Cluster, clients: int, fault: str, bound: float) -> dict[str
             with contextlib.suppress(psutil.NoSuchProcess):
                 orphan.kill()
     first = math.inf if newcomer.after is None else newcomer.after
-    return {MEDIAN: statistics.median(goes_on), WORST: max(goes_on), FIRST: first, FAILED: 100 * failed / clients}
+    return {MEDIAN: statistics.median(silences), WORST: max(silences), FIRST: first, FAILED: 100 * failed / clients}
 
 
 def _all_running(client: OpenAI, clients: int) -> tuple[list[Stream], list[threading.Thread]]:
@@ -191,13 +195,13 @@ def measure_faults(samples: Samples, model: Path, rounds: int, faults: Sequence[
                 for clients in CLIENTS:
                     for fault in faults:
                         _say(f"round {number + 1}, {side}: {fault}, {clients} streams")
-                        stopped = FAULTS[fault][1] == signal.SIGSTOP and side == "stock"
+                        stopped = fault == "SIGSTOP EngineCore" and side == "stock"
                         for what, value in strike(cluster, clients, fault, STOPPED if stopped else BOUND).items():
                             samples.add(f"{fault}, {clients}: {what}", side, value)
 
 
 def faults_markdown(samples: Samples, faults: Sequence[str]) -> str:
-    head = "| fault | streams | side | a stream goes on: median | worst | first answer | failed |"
+    head = "| fault | streams | side | longest silence of a stream: median | worst | first answer | failed |"
     lines = [head, "|--" * 7 + "|"]
     for fault in faults:
         for clients in CLIENTS:
@@ -392,13 +396,14 @@ def _say(what: str) -> None:
 def main(rounds: int, faults: str, requests: int, overhead_rounds: int, seed: int, only: str) -> None:
     """Measure what deaths of engines cost the requests, and what being ready for them costs."""
     parts, names = set(only.split(",")), faults.split(",")
-    if unknown := (parts - set(PARTS)) | (set(names) - set(FAULTS)):
+    if unknown := (parts - set(PARTS)) | (set(names) - {NO_FAULT, *FAULTS}):
         raise click.UsageError(f"there is no {', '.join(sorted(unknown))}")
     samples = Samples()
     with tempfile.TemporaryDirectory() as made:
-        model = make_tiny_model(Path(made))
+        model = make_tiny_model(Path(made) / "tiny")
         if "faults" in parts:
-            measure_faults(samples, model, rounds, names)
+            slow = make_tiny_model(Path(made) / "slow", num_hidden_layers=LAYERS)
+            measure_faults(samples, slow, rounds, names)
             click.echo(faults_markdown(samples, names))
         if "requests" in parts:
             click.echo(many_requests(model, requests, seed))
