@@ -46,8 +46,9 @@ NO_FAULT = "none"
 # The model process comes last of each: stock's engine outlives it.
 DRAWN = (NO_FAULT, "SIGKILL EngineCore", "SIGKILL Worker", "SIGSTOP EngineCore", MODEL_PROCESS)
 HANG = ("--hang_timeout", "5")
-OURS = (*HANG, "--max_restarts", "50")
-REQUESTS_OURS = (*OURS, "--restart_refill", "5", "--max_deaths_per_request", "20")
+# Each fault is to be the first in a row: further ones are answered after a back-off.
+OURS = (*HANG, "--max_restarts", "50", "--restart_refill", "2")
+REQUESTS_OURS = (*HANG, "--max_restarts", "50", "--restart_refill", "5", "--max_deaths_per_request", "20")
 # Of the model of the first part: so slow that what it generates is delivered at once, without silences of its own.
 LAYERS = 96
 LENGTH = 160  # tokens of a stream, for which it takes some seconds: it has to be running at the fault
