@@ -172,15 +172,16 @@ class EngineMember:
         delivered = -1
         try:
             while not (incarnation.is_dead() or self._client.is_lost):
-                if delivered != self._client.journal.outputs:
-                    delivered = self._client.journal.outputs
+                flows, delivered = delivered != self._client.journal.outputs, self._client.journal.outputs
+                answered = asked is not None and asked.done()
+                halted = not flows and incarnation.is_halted()
+                if flows or (answered and not halted):
                     hang.heard()
-                elif (asked is None or asked.done()) and not incarnation.is_halted():
-                    hang.heard()
-                    asked = asyncio.ensure_future(vllm_seams.ask_sign_of_life(incarnation.client))
-                elif hang.look(workload.works(*incarnation.seconds_of_cpu())):
+                elif hang.look(not halted and workload.works(*incarnation.seconds_of_cpu())):
                     silent = f"for {self._settings.hang_timeout:g} s it has given no sign of life and done no work"
                     return f"The vLLM engine of {self.name} hangs: {silent}"
+                if asked is None or answered:
+                    asked = None if flows else asyncio.ensure_future(vllm_seams.ask_sign_of_life(incarnation.client))
                 self._client.fail_waiting(self._settings.recovery_timeout, self._waited)
                 await self._notice_or(interval)
             return None if self.lifecycle.state in (State.STOPPING, State.STOPPED) else ""
