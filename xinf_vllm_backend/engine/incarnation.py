@@ -128,7 +128,6 @@ class Incarnation:
         threading.Thread(target=load, name=f"vllm-engine-loader-{self.name}", daemon=True).start()
         in_time = self._woken.wait(self._left())
         if in_time and not failures and not self._stopping.is_set():
-            self._enter(Phase.READY)
             return self._made
         was_stopped = self._stopping.is_set()
         self.stop()

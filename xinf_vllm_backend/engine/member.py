@@ -105,6 +105,7 @@ class EngineMember:
             self.lifecycle.move(State.FAILED, str(error))
             raise
         self.lifecycle.move(State.READY, f"it was started in {time.monotonic() - begun:.1f} s")
+        self._on_phase(Phase.READY)  # whoever hears of it may send requests
 
     def _next_incarnation(self, on_phase: Callable[[Phase], None]) -> Incarnation:
         with self._lock:
