@@ -35,14 +35,19 @@ def owner(kills: Any, tiny_model: Path) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(
-    ("phase", "victim"),
-    [("weights", "EngineCore"), ("warm-up", "Worker"), ("service", "Worker"), ("stop", "EngineCore")],
+    ("phase", "victims"),
+    [
+        ("weights", ("EngineCore",)),
+        ("warm-up", ("Worker",)),
+        ("service", ("Worker",)),
+        ("stop", ("EngineCore", "Worker")),  # one that stops may be gone already: the other, then
+    ],
 )
-def test_an_engine_that_loses_a_process_leaves_nothing(kills: Any, owner: Any, phase: str, victim: str) -> None:
-    kill = kills.Kill(1, "TP=1", "zygote", phase, (victim,), loaded=phase == "service")
+def test_an_engine_that_loses_a_process_leaves_nothing(kills: Any, owner: Any, phase: str, victims: Any) -> None:
+    kill = kills.Kill(1, "TP=1", "zygote", phase, victims, loaded=phase == "service")
     outcome = kills.carry_out(kill, owner, {})
     assert outcome.faults == []
-    assert outcome.victim == victim
+    assert outcome.victim in victims
     assert outcome.seconds < kills.BOUND
 
 
