@@ -114,7 +114,7 @@ class EngineContext(SpawnContext):
             self._refuse_if_sealed(process)
             start()
             self.children.append(process)
-        self.tree.record([process.pid])
+            self.tree.record([process.pid])  # or a stop that comes now would not kill it
         self.on_start(process.name)
 
     def _refuse_if_sealed(self, process: EngineProcess) -> None:
