@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .__version__ import __version__
+
 if TYPE_CHECKING:
     from .plugin.extension import VLLMBackendExtension
 
-__version__ = "0.1.0"
+__all__ = ["__version__", "extension"]
 
 
 def extension() -> VLLMBackendExtension:

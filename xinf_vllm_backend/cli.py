@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from . import __version__
+from .__version__ import __version__
 
 
 @click.group()

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 
 from packaging.specifiers import SpecifierSet
 
-from .engine import preload, vllm_seams
+from .engine import preload
+from .engine.seams import SEAMS, start, version
 
 ENTRY = "xinf_vllm_backend:extension"
 XINFERENCE = SpecifierSet(">=4.1,<4.2")
@@ -57,7 +58,7 @@ def table(findings: list[Finding]) -> str:
 def _versions() -> Iterator[Finding]:
     yield _version("Python", ".".join(map(str, sys.version_info[:3])), PYTHON)
     yield _version("xinference", _installed("xinference"), XINFERENCE)
-    yield _version("vLLM", vllm_seams.version(), vllm_seams.SUPPORTED)
+    yield _version("vLLM", version.version(), version.SUPPORTED)
     yield _version("torch", _installed("torch"), SpecifierSet())
     yield _version("xoscar", _installed("xoscar"), SpecifierSet())
 
@@ -66,7 +67,7 @@ def _version(name: str, found: str | None, supported: SpecifierSet) -> Finding:
     if found is None:
         advice = "install it: pip install 'xinf_vllm_backend[vllm]', or '[cpu]' on a host without GPUs"
         return Finding(name, "not found", False, advice)
-    if not vllm_seams.is_supported(found, supported):
+    if not version.is_supported(found, supported):
         return Finding(name, found, False, f"install a version in the supported range {supported}")
     return Finding(name, f"{found} (supported: {supported or 'any'})")
 
@@ -100,14 +101,14 @@ def _classes_behind_vllm() -> set[str]:
 
 
 def _seams() -> Iterator[Finding]:
-    for seam in vllm_seams.SEAMS:
+    for seam in SEAMS:
         there = seam.present()
-        advice = "" if there else f"without it {seam.without}; use a vLLM in {vllm_seams.SUPPORTED}"
+        advice = "" if there else f"without it {seam.without}; use a vLLM in {version.SUPPORTED}"
         yield Finding(f"seam {seam.name}", f"for {seam.used_for}" if there else "gone", there, advice)
 
 
 def _start_method() -> Finding:
-    method = vllm_seams.start_method()
+    method = start.start_method()
     return Finding(
         "start method of engine processes",
         preload.resolve("auto") if method == "spawn" else method or "unknown: vLLM cannot be imported",

@@ -32,7 +32,7 @@ import psutil
 
 from xinf_vllm_backend.demo.cluster import Cluster, title, wait_until
 from xinf_vllm_backend.demo.tiny_model import make_tiny_model, model_registration
-from xinf_vllm_backend.process.leftovers import SHARED_MEMORY
+from xinf_vllm_backend.process.cleanup import SHARED_MEMORY
 
 from .launches import BOTH
 

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from xinf_vllm_backend.engine.member import EngineMember
+    from xinf_vllm_backend.engine.supervisor import EngineSupervisor
 
 KV_CACHE = 256 << 20  # bytes, for every engine
 REQUESTS = 32
@@ -89,7 +89,7 @@ class Bench:
     def __init__(self, method: str, model: str) -> None:
         self._method = method
         self._model = model
-        self._running: list[EngineMember] = []
+        self._running: list[EngineSupervisor] = []
 
     async def warm_up(self) -> None:
         """Start an engine and let it answer: what it reads is in memory then, and the zygote has imported all."""
@@ -98,14 +98,14 @@ class Bench:
 
     async def keep(self, count: int) -> float:
         """Start ``count`` engines side by side, let each answer and keep them; how long until all were ready."""
-        members = [self._member() for _ in range(count)]
+        supervisors = [self._supervisor() for _ in range(count)]
         begun = time.monotonic()
-        await asyncio.gather(*(asyncio.to_thread(member.start) for member in members))
+        await asyncio.gather(*(asyncio.to_thread(supervisor.start) for supervisor in supervisors))
         taken = time.monotonic() - begun
-        for member in members:
-            self._check(member)
-            await _answer(member, 2)
-        self._running += members
+        for supervisor in supervisors:
+            self._check(supervisor)
+            await _answer(supervisor, 2)
+        self._running += supervisors
         return taken
 
     async def stop(self) -> None:
@@ -125,7 +125,7 @@ class Bench:
         (old,) = self._running
         begun = time.monotonic()
         await asyncio.to_thread(old.stop, 0)
-        self._running = [self._member()]
+        self._running = [self._supervisor()]
         await asyncio.to_thread(self._running[0].start)
         await _answer(self._running[0], 2)
         taken = time.monotonic() - begun
@@ -154,11 +154,11 @@ class Bench:
 
     async def throughput(self) -> float:
         """Tokens per second of the one engine that runs, for greedy requests that come all at once."""
-        (member,) = self._running
-        await self._batch(member)  # this one is not counted
+        (supervisor,) = self._running
+        await self._batch(supervisor)  # this one is not counted
         begun = time.monotonic()
         for _ in range(BATCHES):
-            await self._batch(member)
+            await self._batch(supervisor)
         return BATCHES * REQUESTS * TOKENS / (time.monotonic() - begun)
 
     async def process_start(self, how: str, size: int) -> float:
@@ -170,14 +170,15 @@ class Bench:
         """
         import torch
 
-        from xinf_vllm_backend.engine import preload, vllm_seams
+        from xinf_vllm_backend.engine import preload
+        from xinf_vllm_backend.engine.seams import platform, start
         from xinf_vllm_backend.process.context import EngineContext
         from xinf_vllm_backend.process.popen import ZygotePopen
 
         def begin() -> tuple[float, Any]:
             context: Any = multiprocessing.get_context("spawn")
             if how != "stock":
-                environment = {**vllm_seams.SPAWN, **vllm_seams.linked_first()}
+                environment = {**start.SPAWN, **platform.ld_preload()}
                 context = EngineContext(environment, find_zygote=lambda: preload.zygote_client(how))
             process = context.Process(target=torch.is_tensor, args=(bytes(size),))
             begun = time.monotonic()
@@ -192,34 +193,35 @@ class Bench:
             raise RuntimeError(f"the process ended with {process.exitcode}")
         return taken
 
-    async def _batch(self, member: EngineMember) -> None:
-        await asyncio.gather(*(_answer(member, TOKENS, f"The keeper {number}") for number in range(REQUESTS)))
+    async def _batch(self, supervisor: EngineSupervisor) -> None:
+        await asyncio.gather(*(_answer(supervisor, TOKENS, f"The keeper {number}") for number in range(REQUESTS)))
 
-    def _member(self) -> EngineMember:
+    def _supervisor(self) -> EngineSupervisor:
         from vllm.engine.arg_utils import AsyncEngineArgs
 
-        from xinf_vllm_backend.engine.member import EngineMember
+        from xinf_vllm_backend.engine.spec import EngineSpec
+        from xinf_vllm_backend.engine.supervisor import EngineSupervisor
         from xinf_vllm_backend.settings import Settings
 
         arguments = AsyncEngineArgs(model=self._model, enforce_eager=True, kv_cache_memory_bytes=KV_CACHE)
-        return EngineMember("tiny", arguments, Settings.resolve({"engine_start_method": self._method}))
+        return EngineSupervisor(EngineSpec("tiny", arguments, Settings.resolve({"engine_start_method": self._method})))
 
-    def _check(self, member: EngineMember) -> None:
+    def _check(self, supervisor: EngineSupervisor) -> None:
         """A zygote that refused would be measured as if it had forked."""
         import psutil
 
         from xinf_vllm_backend.engine import preload
 
-        parents = {psutil.Process(process["pid"]).ppid() for process in member.processes()}
+        parents = {psutil.Process(process["pid"]).ppid() for process in supervisor.processes()}
         if (parents == {preload.zygote_pid()}) != (self._method == "zygote"):
             raise RuntimeError(f"the engine's processes were not made by {self._method}")
 
 
-async def _answer(member: EngineMember, tokens: int, prompt: str = "a") -> None:
+async def _answer(supervisor: EngineSupervisor, tokens: int, prompt: str = "a") -> None:
     from vllm import SamplingParams
 
     parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-    async for _ in member.generate(prompt, parameters, uuid.uuid4().hex):
+    async for _ in supervisor.generate(prompt, parameters, uuid.uuid4().hex):
         pass
 
 

@@ -33,7 +33,7 @@ import psutil
 
 from xinf_vllm_backend.demo.cluster import title, wait_until
 from xinf_vllm_backend.demo.tiny_model import make_tiny_model
-from xinf_vllm_backend.engine.member import Phase
+from xinf_vllm_backend.engine.phase import Phase
 
 BOUND = 5.0  # seconds within which nothing may be left
 LATE = 30.0  # seconds that are waited for what was not gone by then, to tell late from never

@@ -18,7 +18,9 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from xinf_vllm_backend.engine.member import EngineMember, Phase
+    from xinf_vllm_backend.engine.phase import Phase
+from xinf_vllm_backend.engine.spec import EngineSpec
+from xinf_vllm_backend.engine.supervisor import EngineSupervisor
 
 LOAD_TIMEOUT = 120.0  # seconds
 KV_CACHE = 128 << 20  # bytes, for each rank
@@ -35,7 +37,7 @@ class Owner:
         self._model = model
         self._sending = threading.Lock()
         self._number = 0
-        self._member: EngineMember | None = None
+        self._supervisor: EngineSupervisor | None = None
         self._stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._streams: set[asyncio.Task[None]] = set()
@@ -47,8 +49,8 @@ class Owner:
         while True:
             name, *arguments = await orders.get()
             if name == "exit":
-                if self._member is not None:
-                    await self._stop(self._member, 0)
+                if self._supervisor is not None:
+                    await self._stop(self._supervisor, 0)
                 return
             if name == "start":
                 self._number += 1
@@ -72,7 +74,7 @@ class Owner:
         """Start an engine and watch it: says the phases, "ready" or "failed", and after its death "stopped"."""
         from vllm.engine.arg_utils import AsyncEngineArgs
 
-        from xinf_vllm_backend.engine.member import EngineMember
+        from xinf_vllm_backend.engine.supervisor import EngineSupervisor
         from xinf_vllm_backend.settings import Settings
 
         number = self._number
@@ -84,19 +86,19 @@ class Owner:
         defaults = {"model": self._model, "enforce_eager": True, "kv_cache_memory_bytes": KV_CACHE, "max_num_seqs": 16}
         engine_args = AsyncEngineArgs(**{**defaults, **arguments})
         settings = Settings.resolve({"engine_start_method": method, "load_timeout": LOAD_TIMEOUT})
-        self._member = member = EngineMember("tiny", engine_args, settings, show)
+        self._supervisor = supervisor = EngineSupervisor(EngineSpec("tiny", engine_args, settings, on_phase=show))
         self._stopping = False
         try:
-            await asyncio.to_thread(member.start)
+            await asyncio.to_thread(supervisor.start)
         except Exception as error:  # whatever it is, it is worth reading
             self._ended("failed", str(error), number, exits)
             return
-        while self._member is member and not self._stopping:
-            if member.is_dead():
-                reason = await asyncio.to_thread(member.death)
-                if self._member is not member or self._stopping:  # killed while it was told to stop: we go on
+        while self._supervisor is supervisor and not self._stopping:
+            if supervisor.is_dead():
+                reason = await asyncio.to_thread(supervisor.death)
+                if self._supervisor is not supervisor or self._stopping:  # killed while it was told to stop: we go on
                     return
-                await self._stop(member, settings.stop_timeout)
+                await self._stop(supervisor, settings.stop_timeout)
                 self._ended("stopped", reason, number, exits)
                 return
             await asyncio.sleep(settings.health_interval)
@@ -112,61 +114,62 @@ class Owner:
         from xinf_vllm_backend.settings import Settings
 
         number = self._number
-        assert self._member is not None
+        assert self._supervisor is not None
         self._stopping = True
         self._say("stopping", number=number)
-        await self._stop(self._member, Settings.resolve({}).stop_timeout)
+        await self._stop(self._supervisor, Settings.resolve({}).stop_timeout)
         self._say("stopped", "orderly", number)
 
-    async def _stop(self, member: EngineMember, timeout: float) -> None:
+    async def _stop(self, supervisor: EngineSupervisor, timeout: float) -> None:
         try:
-            await asyncio.to_thread(member.stop, timeout)
+            await asyncio.to_thread(supervisor.stop, timeout)
         finally:
             for stream in self._streams:
                 stream.cancel()
 
     async def load(self, count: int) -> None:
         """Have ``count`` requests run, one after the other in each of as many streams; says "running" when all do."""
-        member = self._member
-        assert member is not None
+        supervisor = self._supervisor
+        assert supervisor is not None
         begun = [asyncio.Event() for _ in range(count)]
         for event in begun:
-            stream = asyncio.create_task(self._stream(member, event))
+            stream = asyncio.create_task(self._stream(supervisor, event))
             self._streams.add(stream)
             stream.add_done_callback(self._streams.discard)
         await asyncio.gather(*(event.wait() for event in begun))
         self._say("running")
 
-    async def _stream(self, member: EngineMember, begun: asyncio.Event) -> None:
+    async def _stream(self, supervisor: EngineSupervisor, begun: asyncio.Event) -> None:
         with contextlib.suppress(Exception):  # the engine died, and so does the request
             while True:
-                async for _ in self._generate(member, 1500):
+                async for _ in self._generate(supervisor, 1500):
                     begun.set()
 
     async def answer(self) -> None:
         """Answer one greedy request; says "answer", None if there was none."""
         text = None
         with contextlib.suppress(Exception):
-            async for output in self._generate(self._member, 16):
+            async for output in self._generate(self._supervisor, 16):
                 text = output.outputs[0].text
         self._say("answer", text)
 
-    def _generate(self, member: Any, tokens: int) -> Any:
+    def _generate(self, supervisor: Any, tokens: int) -> Any:
         from vllm import SamplingParams
 
-        return member.generate(PROMPT, SamplingParams(max_tokens=tokens, temperature=0), f"{next(_ids)}")
+        return supervisor.generate(PROMPT, SamplingParams(max_tokens=tokens, temperature=0), f"{next(_ids)}")
 
     async def who(self) -> None:
         """Say "who": the pids of each kind of process that there is; of those that may have ended, too."""
-        from xinf_vllm_backend.engine import preload, vllm_seams
+        from xinf_vllm_backend.engine import preload
+        from xinf_vllm_backend.engine.seams import start
 
         found: dict[str, list[int]] = {"zygote": [pid] if (pid := preload.zygote_pid()) else []}
-        if self._member is not None:
+        if self._supervisor is not None:
             # By the names that vLLM gives its children: a process gets its title only later, when it has imported.
-            names = {child.pid: child.name for child in list(self._member._current._context.children)}
-            for process in self._member.processes():
+            names = {child.pid: child.name for child in list(self._supervisor._current._context.children)}
+            for process in self._supervisor.processes():
                 name = names.get(process["pid"], "Worker")
-                if name != vllm_seams.INSPECTION_PROCESS:
+                if name != start.INSPECTION_PROCESS:
                     kind = "coordinator" if "Coordinator" in name else name.partition("_")[0]
                     found.setdefault(kind, []).append(process["pid"])
         self._say("who", found)
@@ -174,7 +177,7 @@ class Owner:
     async def zygote(self) -> None:
         """Say "zygote": its pid, and whether engines can be forked from it."""
         from xinf_vllm_backend.engine import preload
-        from xinf_vllm_backend.process.zygote import ZygoteUnavailableError
+        from xinf_vllm_backend.process.zygote.client import ZygoteUnavailableError
 
         usable = False
         with contextlib.suppress(ZygoteUnavailableError):

@@ -264,7 +264,7 @@ class Server:
     """An engine in a process of its own, idle until it is measured. A context manager.
 
     Args:
-        side: "ours" is an EngineMember of this package, "stock" vLLM's AsyncLLM alone.
+        side: "ours" is an EngineSupervisor of this package, "stock" vLLM's AsyncLLM alone.
         model: directory of the model.
     """
 
@@ -329,17 +329,18 @@ def _arguments(model: str) -> Any:
 @contextlib.asynccontextmanager
 async def _package_engine(model: str) -> AsyncIterator[Any]:
     from xinf_vllm_backend.engine import preload
-    from xinf_vllm_backend.engine.member import EngineMember
+    from xinf_vllm_backend.engine.spec import EngineSpec
+    from xinf_vllm_backend.engine.supervisor import EngineSupervisor
     from xinf_vllm_backend.settings import Settings
 
-    member = EngineMember("tiny", _arguments(model), Settings.resolve({}))
+    supervisor = EngineSupervisor(EngineSpec("tiny", _arguments(model), Settings.resolve({})))
     try:
-        await asyncio.to_thread(member.start)
-        watching = asyncio.create_task(member.watch())
-        yield member
+        await asyncio.to_thread(supervisor.start)
+        watching = asyncio.create_task(supervisor.watch())
+        yield supervisor
         watching.cancel()
     finally:
-        await asyncio.to_thread(member.stop, 0)
+        await asyncio.to_thread(supervisor.stop, 0)
         preload.stop_zygote()
 
 
@@ -378,7 +379,7 @@ def measure_overhead(samples: Samples, model: Path, rounds: int) -> None:
 
 
 def overhead_markdown(samples: Samples) -> str:
-    beside = Table("An EngineMember (ours) beside vLLM's AsyncLLM alone (stock), no cluster", SIDES, "ours/stock")
+    beside = Table("An EngineSupervisor (ours) beside vLLM's AsyncLLM alone (stock), no cluster", SIDES, "ours/stock")
     beside.row(samples, THROUGHPUT, "tokens/s", ">= 0.98")
     return beside.markdown()
 

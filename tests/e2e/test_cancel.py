@@ -10,7 +10,7 @@ import pytest
 
 from xinf_vllm_backend.demo.cluster import Cluster, wait_until
 from xinf_vllm_backend.demo.tiny_model import make_tiny_model, model_registration
-from xinf_vllm_backend.engine.member import Phase
+from xinf_vllm_backend.engine.phase import Phase
 
 pytestmark = pytest.mark.e2e
 

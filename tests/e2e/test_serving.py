@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from xinf_vllm_backend.demo.cluster import Cluster, title, wait_until
-from xinf_vllm_backend.engine.member import Phase
+from xinf_vllm_backend.engine.phase import Phase
 
 pytestmark = pytest.mark.e2e
 

@@ -13,7 +13,9 @@ import pytest
 
 from xinf_vllm_backend.demo.tiny_model import make_tiny_model
 from xinf_vllm_backend.engine import preload
-from xinf_vllm_backend.engine.member import EngineMember, Phase
+from xinf_vllm_backend.engine.phase import Phase
+from xinf_vllm_backend.engine.spec import EngineSpec
+from xinf_vllm_backend.engine.supervisor import EngineSupervisor
 from xinf_vllm_backend.settings import Settings
 
 
@@ -40,27 +42,28 @@ def environment_kept() -> Iterator[None]:
 
 
 @pytest.fixture
-async def make_member(tiny_model: Path) -> AsyncIterator[Callable[..., EngineMember]]:
-    """Make an engine member for the tiny model; each is stopped, and must leave no process, when the test ends."""
-    members: list[EngineMember] = []
+async def make_supervisor(tiny_model: Path) -> AsyncIterator[Callable[..., EngineSupervisor]]:
+    """Make an engine supervisor for the tiny model; each is stopped, and must leave no process, when the test ends."""
+    supervisors: list[EngineSupervisor] = []
 
     def make(
         on_phase: Callable[[Phase], None] = lambda phase: None,
         method: str = "zygote",
         environment: dict[str, str] | None = None,
         **arguments: Any,
-    ) -> EngineMember:
+    ) -> EngineSupervisor:
         from vllm.engine.arg_utils import AsyncEngineArgs
 
         options = {**Settings.options_in(arguments), "engine_start_method": method}
         defaults = {"model": str(tiny_model), "enforce_eager": True, "kv_cache_memory_bytes": 64 << 20}
         engine_args = AsyncEngineArgs(**{**defaults, **arguments})
         settings = Settings.resolve(options)
-        members.append(EngineMember("tiny", engine_args, settings, on_phase, environment=environment or {}))
-        return members[-1]
+        spec = EngineSpec("tiny", engine_args, settings, environment or {}, on_phase)
+        supervisors.append(EngineSupervisor(spec))
+        return supervisors[-1]
 
     yield make
-    await asyncio.gather(*(asyncio.to_thread(member.stop, 5) for member in members))
+    await asyncio.gather(*(asyncio.to_thread(supervisor.stop, 5) for supervisor in supervisors))
     await asyncio.sleep(0)  # vLLM closes its sockets on the loop that it served from
     assert not left_of(preload.zygote_pid())
 

@@ -19,16 +19,16 @@ from engine_faults import FAULT, FAULTS
 from safetensors.torch import save_file
 
 from xinf_vllm_backend.demo.tiny_model import make_tiny_multimodal_model
-from xinf_vllm_backend.engine.incarnation import Incarnation
 from xinf_vllm_backend.engine.lifecycle import State
-from xinf_vllm_backend.engine.member import EngineMember
-from xinf_vllm_backend.engine.vllm_seams import engine_dead_errors
+from xinf_vllm_backend.engine.processes import EngineProcesses
+from xinf_vllm_backend.engine.seams.exceptions import engine_dead_errors
+from xinf_vllm_backend.engine.supervisor import EngineSupervisor
 from xinf_vllm_backend.errors import CannotResumeError, EngineRestartingError, EngineStaleError, RequestQuarantinedError
 from xinf_vllm_backend.process.tree import ProcessTree
 
 pytestmark = pytest.mark.engine
 
-Make = Callable[..., EngineMember]
+Make = Callable[..., EngineSupervisor]
 BOUND = 60.0  # seconds; reached only by what hangs
 TOKENS = 150
 ENGINE_CORE, WORKER = "VLLM::EngineCore", "VLLM::Worker"
@@ -44,7 +44,7 @@ class Stream:
 
     made = 0
 
-    def __init__(self, member: EngineMember, prompt: Any = PROMPT, lora: Any = None, **params: Any) -> None:
+    def __init__(self, supervisor: EngineSupervisor, prompt: Any = PROMPT, lora: Any = None, **params: Any) -> None:
         from vllm import SamplingParams
 
         defaults = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True}
@@ -52,14 +52,14 @@ class Stream:
         Stream.made += 1
         self.id = f"request-{Stream.made}"
         self.outputs: list[Any] = []
-        self._member = member
+        self._supervisor = supervisor
         self._prompt = prompt
         self._lora = lora
         self._more = asyncio.Event()
         self.task = asyncio.ensure_future(self._run())
 
     async def _run(self) -> list[Any]:
-        async for output in self._member.generate(self._prompt, self.params, self.id, lora_request=self._lora):
+        async for output in self._supervisor.generate(self._prompt, self.params, self.id, lora_request=self._lora):
             self.outputs.append(output)
             self._more.set()
         return self.outputs
@@ -95,26 +95,26 @@ class Stream:
         return {**choices, -1: {"prompt": last.prompt_token_ids, "logprobs": str(last.prompt_logprobs)}}
 
 
-def victim(member: EngineMember, title: str) -> int:
-    return next(process["pid"] for process in member.processes() if process["title"].startswith(title))
+def victim(supervisor: EngineSupervisor, title: str) -> int:
+    return next(process["pid"] for process in supervisor.processes() if process["title"].startswith(title))
 
 
-def deaths(member: EngineMember) -> list[str]:
-    return [move.reason for move in member.lifecycle.history if move.state is State.RESTARTING]
+def deaths(supervisor: EngineSupervisor) -> list[str]:
+    return [move.reason for move in supervisor.lifecycle.history if move.state is State.RESTARTING]
 
 
 @pytest.fixture
-async def make_watched(make_member: Make) -> AsyncIterator[Callable[..., Awaitable[EngineMember]]]:
+async def make_watched(make_supervisor: Make) -> AsyncIterator[Callable[..., Awaitable[EngineSupervisor]]]:
     """Start an engine whose requests may bring faults along, and watch it until the test ends."""
     watching: list[asyncio.Task[str]] = []
 
-    async def make(**arguments: Any) -> EngineMember:
+    async def make(**arguments: Any) -> EngineSupervisor:
         defaults = {"logits_processors": [FAULTS], "max_restarts": 20, "restart_refill": 0.001, "hang_timeout": 2.0}
-        member = make_member(**{**defaults, **arguments})
-        await asyncio.to_thread(member.start)
-        watching.append(asyncio.ensure_future(member.watch()))
-        await Stream(member, max_tokens=5).end()  # it serves, or "it never did" would pass for "it died"
-        return member
+        supervisor = make_supervisor(**{**defaults, **arguments})
+        await asyncio.to_thread(supervisor.start)
+        watching.append(asyncio.ensure_future(supervisor.watch()))
+        await Stream(supervisor, max_tokens=5).end()  # it serves, or "it never did" would pass for "it died"
+        return supervisor
 
     yield make
     for watch in watching:
@@ -147,9 +147,9 @@ def kinds() -> dict[str, dict[str, Any]]:
     return {name: {"output_kind": RequestOutputKind.DELTA, **params} for name, params in kind.items()}
 
 
-async def stop_strings(member: EngineMember) -> dict[str, dict[str, Any]]:
+async def stop_strings(supervisor: EngineSupervisor) -> dict[str, dict[str, Any]]:
     """Requests that end at a string, which begins in each of twelve places about where the engine will die."""
-    plain = Stream(member, **kinds()["deltas"])
+    plain = Stream(supervisor, **kinds()["deltas"])
     await plain.end()
     text = plain.told[0]["text"]
     found = {}
@@ -172,33 +172,35 @@ async def until(predicate: Callable[[], bool]) -> None:
 
 
 async def undisturbed_and_not(
-    member: EngineMember, all_params: dict[str, dict[str, Any]], disturb: Callable[[list[Stream]], Awaitable[None]]
+    supervisor: EngineSupervisor,
+    all_params: dict[str, dict[str, Any]],
+    disturb: Callable[[list[Stream]], Awaitable[None]],
 ) -> list[Stream]:
     """Have requests answered twice, the second time while ``disturb`` does so, and compare."""
-    before = {name: Stream(member, f"{PROMPT} {name}", **params) for name, params in all_params.items()}
+    before = {name: Stream(supervisor, f"{PROMPT} {name}", **params) for name, params in all_params.items()}
     await asyncio.gather(*(stream.end() for stream in before.values()))
-    after = {name: Stream(member, f"{PROMPT} {name}", **params) for name, params in all_params.items()}
+    after = {name: Stream(supervisor, f"{PROMPT} {name}", **params) for name, params in all_params.items()}
     await disturb(list(after.values()))
     await asyncio.gather(*(stream.end() for stream in after.values()))
     differ = [
         f"{name}: {s.told} instead of {before[name].told}" for name, s in after.items() if s.told != before[name].told
     ]
     assert not differ
-    assert member.requests() == 0
+    assert supervisor.requests() == 0
     return list(after.values())
 
 
 async def test_every_kind_of_request_goes_on_as_if_nothing_had_happened(make_watched: Any) -> None:
-    member = await make_watched()
-    all_params = {**kinds(), **await stop_strings(member)}
+    supervisor = await make_watched()
+    all_params = {**kinds(), **await stop_strings(supervisor)}
 
     async def kill_three_times(streams: list[Stream]) -> None:
         for who, how in ((ENGINE_CORE, signal.SIGKILL), (WORKER, signal.SIGKILL), (ENGINE_CORE, signal.SIGABRT)):
             await streams[0].given(TOKENS // 5)
-            os.kill(victim(member, who), how)
+            os.kill(victim(supervisor, who), how)
 
-    await undisturbed_and_not(member, all_params, kill_three_times)
-    assert len(deaths(member)) == member.restarts == 3
+    await undisturbed_and_not(supervisor, all_params, kill_three_times)
+    assert len(deaths(supervisor)) == supervisor.restarts == 3
 
 
 def with_fault(action: str, after: int, once: Path | None = None) -> dict[str, Any]:
@@ -208,106 +210,106 @@ def with_fault(action: str, after: int, once: Path | None = None) -> dict[str, A
 
 @pytest.mark.parametrize("action", ["raises", "segfaults", "exits", "waits"])
 async def test_whatever_ends_a_step_the_requests_go_on(make_watched: Any, tmp_path: Path, action: str) -> None:
-    member = await make_watched()
+    supervisor = await make_watched()
     faulty = with_fault(action, 40, tmp_path / "done")
     (tmp_path / "done").touch()
 
     async def begin(streams: list[Stream]) -> None:
         (tmp_path / "done").unlink()
 
-    await undisturbed_and_not(member, {"faulty": faulty, "other": {}}, begin)
-    (reason,) = deaths(member)
+    await undisturbed_and_not(supervisor, {"faulty": faulty, "other": {}}, begin)
+    (reason,) = deaths(supervisor)
     expected = {"raises": "RuntimeError: a forward pass failed", "segfaults": "was killed by SIGSEGV", "waits": "hangs"}
     assert expected.get(action, "exited with status 3") in reason
 
 
 async def test_an_engine_that_is_told_to_end_aborts_its_requests_in_vain(make_watched: Any) -> None:
-    member = await make_watched()
+    supervisor = await make_watched()
 
     async def terminate(streams: list[Stream]) -> None:
         await streams[0].given(20)
-        os.kill(victim(member, ENGINE_CORE), signal.SIGTERM)
+        os.kill(victim(supervisor, ENGINE_CORE), signal.SIGTERM)
 
-    await undisturbed_and_not(member, {"deltas": kinds()["deltas"], "whole": kinds()["whole"]}, terminate)
-    assert member.restarts == 1
-    stream = Stream(member)
+    await undisturbed_and_not(supervisor, {"deltas": kinds()["deltas"], "whole": kinds()["whole"]}, terminate)
+    assert supervisor.restarts == 1
+    stream = Stream(supervisor)
     await stream.given(5)
-    await member.pause_generation(mode="abort")  # which is wanted
+    await supervisor.pause_generation(mode="abort")  # which is wanted
     await stream.end()
     assert stream.told[0]["reason"] == "abort"
-    await member.resume_generation()
-    assert len(await Stream(member).end()) == TOKENS
-    assert member.restarts == 1
+    await supervisor.resume_generation()
+    assert len(await Stream(supervisor).end()) == TOKENS
+    assert supervisor.restarts == 1
 
 
 async def test_multimodal_input_that_was_sent_before_is_there_again(make_watched: Any, tmp_path: Path) -> None:
-    member = await make_watched(model=str(make_tiny_multimodal_model(tmp_path / "hears")))
+    supervisor = await make_watched(model=str(make_tiny_multimodal_model(tmp_path / "hears")))
     sound = torch.sin(torch.arange(16000) / 20).numpy(), 16000
     prompt = {"prompt": f"<|audio_bos|><|AUDIO|><|audio_eos|>{PROMPT}", "multi_modal_data": {"audio": [sound]}}
-    undisturbed = Stream(member, prompt)
+    undisturbed = Stream(supervisor, prompt)
     await undisturbed.end()
     for _ in range(2):
-        again = Stream(member, prompt)
+        again = Stream(supervisor, prompt)
         await again.given(20)
-        os.kill(victim(member, ENGINE_CORE), signal.SIGKILL)
+        os.kill(victim(supervisor, ENGINE_CORE), signal.SIGKILL)
         await again.end()
         assert again.told == undisturbed.told
-    assert member.restarts == 2
+    assert supervisor.restarts == 2
 
 
 @pytest.mark.parametrize("title", [ENGINE_CORE, WORKER])
 async def test_a_stopped_process_of_an_idle_engine_is_found_and_replaced(make_watched: Any, title: str) -> None:
-    member = await make_watched(hang_timeout=2.0)
-    os.kill(victim(member, title), signal.SIGSTOP)
-    await until(lambda: member.restarts == 1)
-    assert "hangs: for 2 s it has given no sign of life" in deaths(member)[0]
-    assert len(await Stream(member).end()) == TOKENS
+    supervisor = await make_watched(hang_timeout=2.0)
+    os.kill(victim(supervisor, title), signal.SIGSTOP)
+    await until(lambda: supervisor.restarts == 1)
+    assert "hangs: for 2 s it has given no sign of life" in deaths(supervisor)[0]
+    assert len(await Stream(supervisor).end()) == TOKENS
 
 
 async def test_computing_is_not_hanging(make_watched: Any, tmp_path: Path) -> None:
-    member = await make_watched(hang_timeout=1.0)
-    outputs = await Stream(member, **with_fault("computes", 10, tmp_path / "done")).end()  # for 6 s, in one step
+    supervisor = await make_watched(hang_timeout=1.0)
+    outputs = await Stream(supervisor, **with_fault("computes", 10, tmp_path / "done")).end()  # for 6 s, in one step
     assert len(outputs) == TOKENS and (tmp_path / "done").exists()
-    await member.pause_generation(mode="keep")
-    paused = Stream(member)
+    await supervisor.pause_generation(mode="keep")
+    paused = Stream(supervisor)
     with pytest.raises(asyncio.TimeoutError):
         await asyncio.wait_for(asyncio.shield(paused.task), 3.0)
-    await member.resume_generation()
+    await supervisor.resume_generation()
     assert len(await paused.end()) == TOKENS
-    assert deaths(member) == []
+    assert deaths(supervisor) == []
 
 
 async def test_a_request_that_kills_every_engine_is_refused_and_the_others_live(make_watched: Any) -> None:
-    member = await make_watched()
-    good = [Stream(member, max_tokens=400) for _ in range(4)]
+    supervisor = await make_watched()
+    good = [Stream(supervisor, max_tokens=400) for _ in range(4)]
     await good[0].given(5)
-    bad = Stream(member, **with_fault("segfaults", 10))
+    bad = Stream(supervisor, **with_fault("segfaults", 10))
     with pytest.raises(Exception) as refused:
         await bad.end()
     error = refused.value.__cause__
     assert isinstance(error, RequestQuarantinedError) and bad.id in str(error)
     assert [len(await stream.end()) for stream in good] == [400] * 4
-    assert len(deaths(member)) <= 3
-    assert len(await Stream(member).end()) == TOKENS
-    assert member.requests() == 0
+    assert len(deaths(supervisor)) <= 3
+    assert len(await Stream(supervisor).end()) == TOKENS
+    assert supervisor.requests() == 0
 
 
 async def test_a_request_alone_is_refused_at_the_second_death_that_it_causes(make_watched: Any) -> None:
-    member = await make_watched()
-    bad = Stream(member, **with_fault("raises", 3))
+    supervisor = await make_watched()
+    bad = Stream(supervisor, **with_fault("raises", 3))
     with pytest.raises(Exception) as refused:
         await bad.end()
     assert "died 2 times in a row while it worked on it" in str(refused.value.__cause__)
-    await until(lambda: member.restarts == 2)
+    await until(lambda: supervisor.restarts == 2)
 
 
 async def test_what_cannot_be_exact_goes_on_and_says_so_or_is_refused(
     make_watched: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    member = await make_watched()
-    seeded = Stream(member, temperature=1.0, seed=7)
+    supervisor = await make_watched()
+    seeded = Stream(supervisor, temperature=1.0, seed=7)
     await seeded.given(20)
-    os.kill(victim(member, ENGINE_CORE), signal.SIGKILL)
+    os.kill(victim(supervisor, ENGINE_CORE), signal.SIGKILL)
     assert len(await seeded.end()) == TOKENS
     assert f"{seeded.id} goes on after the engine's death, but not exactly: the random numbers" in caplog.text
 
@@ -323,102 +325,104 @@ async def test_what_cannot_be_exact_goes_on_and_says_so_or_is_refused(
 
 
 async def test_a_client_that_leaves_frees_its_entry_also_while_the_engine_restarts(make_watched: Any) -> None:
-    member = await make_watched()
-    stays, leaves, leaves_later = (Stream(member) for _ in range(3))
+    supervisor = await make_watched()
+    stays, leaves, leaves_later = (Stream(supervisor) for _ in range(3))
     await asyncio.gather(*(stream.given(5) for stream in (stays, leaves, leaves_later)))
     leaves.task.cancel()
     await asyncio.wait([leaves.task])
-    assert member.requests() == 2
-    os.kill(victim(member, ENGINE_CORE), signal.SIGKILL)
-    await until(lambda: member.lifecycle.state is State.RESTARTING)
-    comes = Stream(member)
-    await until(lambda: member.requests() == 3)
+    assert supervisor.requests() == 2
+    os.kill(victim(supervisor, ENGINE_CORE), signal.SIGKILL)
+    await until(lambda: supervisor.lifecycle.state is State.RESTARTING)
+    comes = Stream(supervisor)
+    await until(lambda: supervisor.requests() == 3)
     leaves_later.task.cancel()
     await asyncio.wait([leaves_later.task])
-    assert member.requests() == 2
+    assert supervisor.requests() == 2
     assert len(await stays.end()) == len(await comes.end()) == TOKENS
-    assert member.restarts == 1 and member.requests() == 0
+    assert supervisor.restarts == 1 and supervisor.requests() == 0
 
 
 async def test_an_engine_that_does_not_come_back_fails_with_the_first_cause_and_the_last(
     make_watched: Any, tiny_model: Path, tmp_path: Path
 ) -> None:
     copy = shutil.copytree(tiny_model, tmp_path / "model")
-    member = await make_watched(model=str(copy), max_restarts=2, restart_refill=1000.0, recovery_timeout=0.3)
-    waits, begun = Stream(member), Stream(member)
+    supervisor = await make_watched(model=str(copy), max_restarts=2, restart_refill=1000.0, recovery_timeout=0.3)
+    waits, begun = Stream(supervisor), Stream(supervisor)
     await begun.given(5)
     (copy / "model.safetensors").write_bytes(b"\0" * 100)
-    os.kill(victim(member, ENGINE_CORE), signal.SIGKILL)
+    os.kill(victim(supervisor, ENGINE_CORE), signal.SIGKILL)
     for stream in (waits, begun):
         with pytest.raises(Exception) as refused:
             await stream.end()
         assert isinstance(refused.value.__cause__, EngineRestartingError)  # after 0.3 s
-    await until(lambda: member.lifecycle.state is State.FAILED)
-    assert "was killed by SIGKILL; it could not be restarted, in 2 attempts, the last time because" in member.failure
-    assert "Safetensor" in member.failure
+    await until(lambda: supervisor.lifecycle.state is State.FAILED)
+    assert (
+        "was killed by SIGKILL; it could not be restarted, in 2 attempts, the last time because" in supervisor.failure
+    )
+    assert "Safetensor" in supervisor.failure
     with pytest.raises(engine_dead_errors()):
-        await Stream(member).end()
-    assert member.processes() == []
+        await Stream(supervisor).end()
+    assert supervisor.processes() == []
 
 
 async def test_no_engine_is_started_beside_one_that_cannot_be_killed(
     make_watched: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    member = await make_watched()
+    supervisor = await make_watched()
     # Nothing here can be made to survive SIGKILL, as a process that waits for a device may.
-    kill, start = ProcessTree.kill, Incarnation.start
+    kill, start = ProcessTree.kill, EngineProcesses.start
     surviving = [psutil.Process()] * 4
     starts: list[int] = []
     monkeypatch.setattr(
         ProcessTree, "kill", lambda tree, timeout: [*kill(tree, timeout), *(surviving.pop() for _ in surviving[:1])]
     )
-    monkeypatch.setattr(Incarnation, "start", lambda *args: (starts.append(len(surviving)), start(*args))[1])
-    stream = Stream(member)
+    monkeypatch.setattr(EngineProcesses, "start", lambda *args: (starts.append(len(surviving)), start(*args))[1])
+    stream = Stream(supervisor)
     await stream.given(5)
-    os.kill(victim(member, ENGINE_CORE), signal.SIGKILL)
+    os.kill(victim(supervisor, ENGINE_CORE), signal.SIGKILL)
     assert len(await stream.end()) == TOKENS
-    assert starts == [0] and member.restarts == 1
-    assert f"Processes of the vLLM engine of {member.name} could not be killed: pid {os.getpid()}" in caplog.text
+    assert starts == [0] and supervisor.restarts == 1
+    assert f"Processes of the vLLM engine of {supervisor.name} could not be killed: pid {os.getpid()}" in caplog.text
 
 
 async def test_weights_that_were_changed_make_a_restarted_engine_stale_until_they_come_again(make_watched: Any) -> None:
-    member = await make_watched()
-    await member.collective_rpc("reload_weights")
-    stream = Stream(member)
+    supervisor = await make_watched()
+    await supervisor.collective_rpc("reload_weights")
+    stream = Stream(supervisor)
     await stream.given(5)
-    os.kill(victim(member, ENGINE_CORE), signal.SIGKILL)
+    os.kill(victim(supervisor, ENGINE_CORE), signal.SIGKILL)
     with pytest.raises(Exception) as refused:
         await stream.end()
     assert isinstance(refused.value.__cause__, EngineStaleError) and "reload_weights()" in str(refused.value.__cause__)
-    assert member.lifecycle.state is State.STALE
+    assert supervisor.lifecycle.state is State.STALE
     with pytest.raises(Exception) as refused:
-        await Stream(member).end()
+        await Stream(supervisor).end()
     assert isinstance(refused.value.__cause__, EngineStaleError)
-    await member.collective_rpc("reload_weights")
-    assert member.lifecycle.state is State.READY
-    assert len(await Stream(member).end()) == TOKENS
+    await supervisor.collective_rpc("reload_weights")
+    assert supervisor.lifecycle.state is State.READY
+    assert len(await Stream(supervisor).end()) == TOKENS
 
 
 async def test_a_stop_while_it_restarts_ends_all(make_watched: Any) -> None:
-    member = await make_watched()
-    stream = Stream(member)
+    supervisor = await make_watched()
+    stream = Stream(supervisor)
     await stream.given(5)
-    os.kill(victim(member, ENGINE_CORE), signal.SIGKILL)
-    await until(lambda: member.lifecycle.state is State.RESTARTING)
-    await asyncio.to_thread(member.stop, 5)
+    os.kill(victim(supervisor, ENGINE_CORE), signal.SIGKILL)
+    await until(lambda: supervisor.lifecycle.state is State.RESTARTING)
+    await asyncio.to_thread(supervisor.stop, 5)
     with pytest.raises(Exception) as refused:
         await stream.end()
     assert "was stopped while the request ran" in str(refused.value.__cause__ or refused.value)
-    assert member.lifecycle.state is State.STOPPED and member.processes() == []
+    assert supervisor.lifecycle.state is State.STOPPED and supervisor.processes() == []
 
 
 async def test_a_hundred_restarts_leave_this_process_as_it_was(make_watched: Any) -> None:
-    member = await make_watched(restart_refill=0.0001, max_restarts=1000)
+    supervisor = await make_watched(restart_refill=0.0001, max_restarts=1000)
     this, series = psutil.Process(), []
 
     def look() -> dict[str, int]:
         return {
-            "restarts": member.restarts,
+            "restarts": supervisor.restarts,
             "files": this.num_fds(),
             "threads": this.num_threads(),
             "tasks": len(asyncio.all_tasks()),
@@ -429,15 +433,15 @@ async def test_a_hundred_restarts_leave_this_process_as_it_was(make_watched: Any
         }
 
     for number in range(1, 101):
-        stream = Stream(member, max_tokens=30)
+        stream = Stream(supervisor, max_tokens=30)
         await stream.given(5)
-        os.kill(victim(member, (ENGINE_CORE, WORKER)[number % 2]), signal.SIGKILL)
+        os.kill(victim(supervisor, (ENGINE_CORE, WORKER)[number % 2]), signal.SIGKILL)
         assert len(await stream.end()) == 30
         if number % 10 == 0:
-            await until(lambda: member.lifecycle.state is State.READY)
+            await until(lambda: supervisor.lifecycle.state is State.READY)
             series.append(look())
             print(series[-1])  # shown when it fails, or by pytest -s
-    assert member.restarts == 100
+    assert supervisor.restarts == 100
     first, last = series[0], series[-1]
     assert last["MiB resident"] <= first["MiB resident"] + 20
     for name in ("files", "threads", "tasks", "processes", "shared memory", "directories"):
@@ -466,18 +470,18 @@ async def test_a_lora_that_was_added_while_it_ran_is_there_again(
 ) -> None:
     from vllm.lora.request import LoRARequest
 
-    member = await make_watched(enable_lora=True, max_lora_rank=8, dtype="float32")  # prefill rounds as decode does
+    supervisor = await make_watched(enable_lora=True, max_lora_rank=8, dtype="float32")  # prefill rounds as decode does
     lora = LoRARequest("extra", 1, str(make_lora(tmp_path / "lora", tiny_model)))
-    assert await member.add_lora(lora)
-    plain = Stream(member)
+    assert await supervisor.add_lora(lora)
+    plain = Stream(supervisor)
     await plain.end()  # not at once: on a CPU vLLM may apply an adapter to all of a mixed batch
-    before = Stream(member, lora=lora)
+    before = Stream(supervisor, lora=lora)
     await before.end()
-    after = Stream(member, lora=lora)
+    after = Stream(supervisor, lora=lora)
     await after.given(20)
-    os.kill(victim(member, WORKER), signal.SIGKILL)
+    os.kill(victim(supervisor, WORKER), signal.SIGKILL)
     await after.end()
     assert after.told == before.told
     assert after.told != plain.told
-    await until(lambda: member.restarts == 1)
-    assert set(await member.list_loras()) == {1}
+    await until(lambda: supervisor.restarts == 1)
+    assert set(await supervisor.list_loras()) == {1}

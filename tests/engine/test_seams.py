@@ -6,8 +6,7 @@ import inspect
 
 import pytest
 
-from xinf_vllm_backend.engine import vllm_seams
-from xinf_vllm_backend.engine.vllm_seams import SEAMS, Seam
+from xinf_vllm_backend.engine.seams import SEAMS, Seam, child, exceptions, start, version
 from xinf_vllm_backend.process.context import EngineContext
 
 pytestmark = pytest.mark.engine
@@ -19,35 +18,35 @@ def test_the_seam_is_there(seam: Seam) -> None:
 
 
 def test_the_installed_vllm_is_a_supported_one() -> None:
-    vllm_seams.check_version()
+    version.check_version()
 
 
 def test_vllm_gets_its_context_from_the_module_that_is_replaced() -> None:
     from vllm.utils import system_utils
 
-    context = EngineContext(vllm_seams.SPAWN)
-    with vllm_seams.starts_from(context):
+    context = EngineContext(start.SPAWN)
+    with start.starts_from(context):
         assert system_utils.get_mp_context() is context
     assert system_utils.get_mp_context() is not context  # outside it vLLM is as it was
-    assert vllm_seams.start_method() == "spawn"
+    assert start.start_method() == "spawn"
 
 
 def test_both_hooks_of_a_worker_and_its_executor_take_what_vllm_passes() -> None:
-    for seam in (vllm_seams.WEIGHTS, vllm_seams.PROFILING, vllm_seams.WARM_UP):
+    for seam in (child.WEIGHTS, child.PROFILING, child.WARM_UP):
         owner = seam.owner()
         assert "self" in inspect.signature(getattr(owner, seam.attribute.rpartition(".")[2])).parameters
 
 
 def test_an_engine_that_died_is_told_by_an_exception_of_its_own() -> None:
-    names = [error.__name__ for error in vllm_seams.engine_dead_errors()]
+    names = [error.__name__ for error in exceptions.engine_dead_errors()]
     assert names == ["EngineDeadError"]
-    assert not any(issubclass(RuntimeError, error) for error in vllm_seams.engine_dead_errors())
+    assert not any(issubclass(RuntimeError, error) for error in exceptions.engine_dead_errors())
 
 
 def test_the_engine_class_that_xinference_looks_up_can_be_replaced_for_a_while() -> None:
     from vllm.engine import async_llm_engine
 
     before = async_llm_engine.AsyncLLMEngine
-    with vllm_seams.engine_made_by(lambda args: ("made from", args)):
+    with start.engine_made_by(lambda args: ("made from", args)):
         assert async_llm_engine.AsyncLLMEngine.from_engine_args("these") == ("made from", "these")
     assert async_llm_engine.AsyncLLMEngine is before

@@ -26,11 +26,11 @@ import psutil
 from process_helpers import TIMEOUT, becomes, exit_code, is_announced, receive
 
 from xinf_vllm_backend.process import bootstrap
-from xinf_vllm_backend.process.bootstrap import Family
+from xinf_vllm_backend.process.bootstrap import InheritedHandles
+from xinf_vllm_backend.process.cleanup import Cleanup
 from xinf_vllm_backend.process.context import EngineContext, EngineProcess, FindZygote
-from xinf_vllm_backend.process.leftovers import Leftovers
 from xinf_vllm_backend.process.output import OutputTail
-from xinf_vllm_backend.process.zygote import Zygote
+from xinf_vllm_backend.process.zygote.manager import Zygote
 
 _initialized = False
 _context: EngineContext | None = None
@@ -278,30 +278,30 @@ def marked(mark: str) -> list[str]:
     return sorted(name for name in os.listdir("/dev/shm") if mark in name)
 
 
-def own_leftovers(end: Connection) -> None:
-    leftovers = Leftovers()
-    holder = Holder(leftovers)
-    end.send((leftovers.mark, leftovers.directory, holder.names))
+def own_cleanup(end: Connection) -> None:
+    cleanup = Cleanup()
+    holder = Holder(cleanup)
+    end.send((cleanup.mark, cleanup.directory, holder.names))
     echo(end)
 
 
-def kill_a_holder_of_leftovers() -> None:
-    leftovers = Leftovers()
-    holder = Holder(leftovers)
+def kill_a_holder_of_cleanup() -> None:
+    cleanup = Cleanup()
+    holder = Holder(cleanup)
     holder.kill()
-    assert marked(leftovers.mark) == holder.names
-    leftovers.remove(TIMEOUT)
-    assert marked(leftovers.mark) == []
+    assert marked(cleanup.mark) == holder.names
+    cleanup.remove(TIMEOUT)
+    assert marked(cleanup.mark) == []
 
 
 class Holder:
-    """A process of an engine with these ``leftovers``, told to :func:`hold`."""
+    """A process of an engine with these ``cleanup``, told to :func:`hold`."""
 
-    def __init__(self, leftovers: Leftovers, find_zygote: FindZygote | None = None) -> None:
-        family = Family(mark=leftovers.mark, alive=leftovers.alive)
-        self._context = EngineContext({}, tail=OutputTail(), family=family, find_zygote=find_zygote)
+    def __init__(self, cleanup: Cleanup, find_zygote: FindZygote | None = None) -> None:
+        handles = InheritedHandles(mark=cleanup.mark, alive=cleanup.alive)
+        self._context = EngineContext({}, tail=OutputTail(), handles=handles, find_zygote=find_zygote)
         self.end, far = multiprocessing.Pipe()
-        self._process = self._context.Process(target=hold, args=(far, leftovers.mark))
+        self._process = self._context.Process(target=hold, args=(far, cleanup.mark))
         self._process.start()
         far.close()
         self.names: list[str] = receive(self.end)

@@ -12,7 +12,7 @@ import pytest
 from process_helpers import told
 
 from xinf_vllm_backend.process.context import EngineContext
-from xinf_vllm_backend.process.zygote import Zygote
+from xinf_vllm_backend.process.zygote.manager import Zygote
 
 CPUS = sorted(os.sched_getaffinity(0))
 ALL = set(CPUS)

@@ -43,11 +43,13 @@ from process_helpers import (
     told,
 )
 
-from xinf_vllm_backend.process import zygote as zygote_module
 from xinf_vllm_backend.process.context import EngineContext, EngineProcess
 from xinf_vllm_backend.process.output import OutputTail
 from xinf_vllm_backend.process.popen import STATUS_UNKNOWN
-from xinf_vllm_backend.process.zygote import MAX_FDS, MOST_DEATHS, Zygote, ZygoteUnavailableError, frozen
+from xinf_vllm_backend.process.zygote import client as client_module
+from xinf_vllm_backend.process.zygote import manager as manager_module
+from xinf_vllm_backend.process.zygote.client import MAX_FDS, ZygoteUnavailableError, frozen
+from xinf_vllm_backend.process.zygote.manager import MOST_DEATHS, Zygote
 
 VARIABLE = "XINF_VLLM_TEST_VARIABLE"
 LARGE = b"x" * 200_000  # a pipe takes 65536 bytes
@@ -451,7 +453,7 @@ class TestTheZygote:
         assert exit_code(process) == STATUS_UNKNOWN
 
     def test_is_seen_to_end_while_its_children_live(self, zygote: Zygote, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(zygote_module, "STOP_TIMEOUT", 0.5)
+        monkeypatch.setattr(manager_module, "STOP_TIMEOUT", 0.5)
         near, far = Pipe()
         process = started(forking(zygote), targets.echo, far)
         assert answers(near)
@@ -769,7 +771,7 @@ class TestAZygoteThatDoesNotAnswer:
         self, stopped: Zygote, log: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with monkeypatch.context() as impatient:
-            impatient.setattr(zygote_module, "ANSWER_TIMEOUT", 0.2)
+            impatient.setattr(client_module, "ANSWER_TIMEOUT", 0.2)
             assert not is_forked(stopped, forking(stopped))
         (line,) = log()
         assert line.endswith("is spawned, not forked from the zygote: it did not answer within 0.2 s")

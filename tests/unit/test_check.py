@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from xinf_vllm_backend.engine.vllm_seams import engine_dead_errors
+from xinf_vllm_backend.engine.seams.exceptions import engine_dead_errors
 from xinf_vllm_backend.errors import BackendError, BadRequestError, EngineDiedError, EngineStoppedError
 from xinf_vllm_backend.plugin.check import vllm_check
 

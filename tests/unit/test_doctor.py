@@ -9,7 +9,7 @@ from packaging.specifiers import SpecifierSet
 
 from xinf_vllm_backend import doctor
 from xinf_vllm_backend.doctor import Finding
-from xinf_vllm_backend.engine import vllm_seams
+from xinf_vllm_backend.engine.seams import SEAMS, version
 
 ENTRY = "xinf_vllm_backend:extension"
 
@@ -45,21 +45,21 @@ class TestAFinding:
 
 class TestAVersion:
     def test_in_the_range_is_right(self) -> None:
-        finding = doctor._version("vLLM", "0.27.1", vllm_seams.SUPPORTED)
+        finding = doctor._version("vLLM", "0.27.1", version.SUPPORTED)
         assert finding.ok
         assert "0.27.1" in finding.found
         assert finding.advice == ""
 
     @pytest.mark.parametrize("found", ["0.28.1rc1", "0.33.0+cu130", "0.27.1+cpu", "0.30.0.dev5+gabc"])
     def test_of_a_build_or_a_candidate_in_the_range_is_right(self, found: str) -> None:
-        assert doctor._version("vLLM", found, vllm_seams.SUPPORTED).ok
+        assert doctor._version("vLLM", found, version.SUPPORTED).ok
 
     @pytest.mark.parametrize("found", ["0.27.0", "0.34.0", "0.11.2", "1.0"])
     def test_outside_is_wrong_and_the_range_is_named(self, found: str) -> None:
-        finding = doctor._version("vLLM", found, vllm_seams.SUPPORTED)
+        finding = doctor._version("vLLM", found, version.SUPPORTED)
         assert not finding.ok
         assert finding.found == found
-        assert str(vllm_seams.SUPPORTED) in finding.advice
+        assert str(version.SUPPORTED) in finding.advice
 
     def test_of_what_only_has_to_be_there_is_any(self) -> None:
         assert "any" in doctor._version("torch", "2.13.0+cpu", SpecifierSet()).found
@@ -70,7 +70,7 @@ class TestAVersion:
         assert "pip install" in finding.advice
 
     def test_that_is_no_version_is_wrong_and_no_exception(self) -> None:
-        finding = doctor._version("vLLM", "dev", vllm_seams.SUPPORTED)
+        finding = doctor._version("vLLM", "dev", version.SUPPORTED)
         assert not finding.ok
         assert "dev" in finding.found
 
@@ -135,8 +135,8 @@ class TestTheExtension:
 class TestTheEngine:
     def test_every_seam_that_is_gone_says_what_is_lost(self) -> None:
         findings = list(doctor._seams())
-        assert len(findings) == len(vllm_seams.SEAMS)
-        for finding, seam in zip(findings, vllm_seams.SEAMS, strict=True):
+        assert len(findings) == len(SEAMS)
+        for finding, seam in zip(findings, SEAMS, strict=True):
             assert not finding.ok
             assert seam.name in finding.subject
             assert seam.without in finding.advice
@@ -149,7 +149,7 @@ class TestTheEngine:
     @pytest.mark.parametrize(("method", "ok"), [("spawn", True), ("fork", False)])
     def test_only_a_fork_is_wrong(self, method: str, ok: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(doctor.preload, "resolve", lambda method: "zygote")
-        monkeypatch.setattr(doctor.vllm_seams, "start_method", lambda: method)
+        monkeypatch.setattr(doctor.start, "start_method", lambda: method)
         finding = doctor._start_method()
         assert (finding.ok, finding.found) == (ok, "zygote" if ok else "fork")
         assert bool(finding.advice) is not ok

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from xinf_vllm_backend.engine.journal import PROGRESS, Entry, Journal
+from xinf_vllm_backend.engine.journal import PROGRESS_TOKENS, Entry, Journal
 
 
 class Clock:
@@ -86,7 +86,7 @@ class TestADeath:
     def test_counts_for_those_that_got_no_further_since_the_last(self, journal: Journal) -> None:
         stuck, goes = opened(journal, "stuck", "goes")
         for _ in range(3):
-            journal.deliver([output("goes", *range(PROGRESS)), output("stuck", *range(PROGRESS - 1))])
+            journal.deliver([output("goes", *range(PROGRESS_TOKENS)), output("stuck", *range(PROGRESS_TOKENS - 1))])
             journal.lost()
             stuck.sent()
             goes.sent()
@@ -98,7 +98,7 @@ class TestADeath:
         assert not stuck.suspect and not goes.suspect  # it could have been either
         goes.sent()
         stuck.sent()
-        journal.deliver([output("goes", *range(PROGRESS))])
+        journal.deliver([output("goes", *range(PROGRESS_TOKENS))])
         journal.lost()
         assert stuck.suspect and not goes.suspect
 

@@ -94,7 +94,7 @@ class TestEveryMove:
     )
     def test_is_logged(self, way: tuple[State, ...], level: str, caplog: pytest.LogCaptureFixture) -> None:
         lifecycle = went(*way)
-        with caplog.at_level(logging.INFO, "xinference.vllm_backend"):
+        with caplog.at_level(logging.INFO, "xinf_vllm_backend"):
             lifecycle.move(State.RESTARTING if way else State.STARTING, "for a reason")
         assert caplog.records[-1].levelname == level
         assert caplog.messages[-1].endswith(": for a reason")

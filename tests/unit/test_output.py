@@ -145,13 +145,13 @@ class TestWhatAChildReports:
         assert child.lines() == ["one"]
 
     def test_goes_nowhere_outside_an_engine_process(self) -> None:
-        assert bootstrap.family().reports is None
+        assert bootstrap.inherited_handles().reports is None
         bootstrap.report("weights")
 
     def test_is_never_worth_failing_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
         reader, writer = Pipe(duplex=False)
         reader.close()
-        monkeypatch.setattr(bootstrap, "_family", bootstrap.Family(reports=writer))
+        monkeypatch.setattr(bootstrap, "_handles", bootstrap.InheritedHandles(reports=writer))
         bootstrap.report("weights")
         writer.close()
         bootstrap.report("weights")

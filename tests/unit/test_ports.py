@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from xinf_vllm_backend.engine import vllm_seams
+from xinf_vllm_backend.engine.seams import platform
 from xinf_vllm_backend.process import ports
 
 
@@ -20,6 +20,6 @@ def test_each_has_some_of_its_own_whoever_asks() -> None:
 
 def test_the_users_own_choice_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_PORT", raising=False)
-    assert vllm_seams.own_ports().keys() == {"VLLM_PORT"}
+    assert platform.port_environment().keys() == {"VLLM_PORT"}
     monkeypatch.setenv("VLLM_PORT", "20000")
-    assert vllm_seams.own_ports() == {}
+    assert platform.port_environment() == {}

@@ -74,5 +74,5 @@ class TestNothingIsSettled:
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
         monkeypatch.setattr(threads.threadpoolctl, "threadpool_limits", pytest.fail)
         before = os.sched_getaffinity(0)
-        threads.settle()
+        threads.apply_thread_limits()
         assert os.sched_getaffinity(0) == before

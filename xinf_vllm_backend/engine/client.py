@@ -1,7 +1,7 @@
 """What AsyncLLM has in the place of its client of EngineCore: it outlives the EngineCore behind it.
 
 AsyncLLM keeps all that it knows of its requests and never sees a death. When a new EngineCore is there, each request
-is sent to it behind the tokens that it was given (see :mod:`.resume`).
+is sent to it behind the tokens that it was given (see :mod:`.seams.resuming`).
 
 All methods but those of the start belong to one event loop.
 """
@@ -18,10 +18,10 @@ from typing import Any
 
 from ..errors import BackendError, CannotResumeError, EngineDiedError, EngineStaleError, RequestQuarantinedError
 from ..settings import Settings
-from . import resume, vllm_seams
 from .journal import Entry, Journal
+from .seams import core_client, exceptions, resuming
 
-logger = logging.getLogger("xinference.vllm_backend")
+logger = logging.getLogger(__name__)
 
 TRIAL_MARGIN = 10.0  # seconds beyond hang_timeout in which a suspected request must have got further
 # Calls that only ask: one that was lost with its engine is made again.
@@ -118,7 +118,7 @@ class EngineClient:
             return
         self._ready.clear()
         self._gone.set()
-        vllm_seams.wake(core)
+        core_client.wake(core)
         for entry in self.journal.lost():
             if entry.suspect and entry.deaths >= self._settings.max_deaths_per_request:
                 self._quarantine(entry)
@@ -193,7 +193,7 @@ class EngineClient:
         if self._core is None or entry not in self.journal:
             return
         try:
-            request = resume.continuation(entry.request, entry.tokens, vllm_seams.GRAMMAR.present())
+            request = resuming.continuation(entry.request, entry.tokens, resuming.GRAMMAR.present())
             self._accept_inexact(entry)
         except CannotResumeError as error:
             self._end(entry, error)
@@ -205,13 +205,13 @@ class EngineClient:
         entry.sent()
         try:
             await core.add_request_async(request)
-        except vllm_seams.engine_dead_errors():
+        except exceptions.engine_dead_errors():
             self._found_dead(core)
         except Exception as error:  # this request's alone
             self._end(entry, error)
 
     def _accept_inexact(self, entry: Entry) -> None:
-        why = resume.inexact(entry.request, entry.tokens)
+        why = resuming.inexact(entry.request, entry.tokens)
         if why is None:
             return
         if self._settings.resume_inexact == "fail":
@@ -227,7 +227,7 @@ class EngineClient:
         if self._core is not None:
             try:
                 await self._core.abort_requests_async(request_ids)
-            except vllm_seams.engine_dead_errors():  # then they have ended
+            except exceptions.engine_dead_errors():  # then they have ended
                 pass
 
     async def get_output_async(self) -> Any:
@@ -240,7 +240,7 @@ class EngineClient:
                 outputs = await core.get_output_async()
             except Exception as error:  # whatever it is, no more comes from there
                 if core is self._core and self._error is None:
-                    if not isinstance(error, vllm_seams.engine_dead_errors()):
+                    if not isinstance(error, exceptions.engine_dead_errors()):
                         logger.exception("The outputs of the vLLM engine of %s cannot be read", self._name)
                     self._found_dead(core)
                 continue
@@ -277,7 +277,7 @@ class EngineClient:
                     answer = call.result()
                     self._remember(name, args)
                     return answer
-            except vllm_seams.engine_dead_errors():
+            except exceptions.engine_dead_errors():
                 self._found_dead(core)
             finally:
                 call.cancel()
@@ -322,7 +322,7 @@ class EngineClient:
     def _found_dead(self, core: Any) -> None:
         if self.on_dead is None:  # nobody would bring another
             self.resources.engine_dead = True
-            raise next(iter(vllm_seams.engine_dead_errors()), EngineDiedError)()
+            raise next(iter(exceptions.engine_dead_errors()), EngineDiedError)()
         if core is self._core:
             self.lose()
             self.on_dead()

@@ -15,7 +15,7 @@ from typing import Any
 
 # Tokens after which a death is no longer held against a request that also saw the last one: what kills an engine each
 # time does so where it did before, give or take the steps whose outputs were lost with it.
-PROGRESS = 4
+PROGRESS_TOKENS = 4
 
 
 @dataclass(eq=False)
@@ -26,7 +26,7 @@ class Entry:
         request: a ``vllm.v1.engine.EngineCoreRequest``, as AsyncLLM made it.
         since: seconds, by the journal's clock, since when it waits for an engine; None while one works on it.
         tokens: ids of those it was given.
-        deaths: of engines that worked on it, one soon after the other (see ``PROGRESS``).
+        deaths: of engines that worked on it, one soon after the other (see ``PROGRESS_TOKENS``).
         suspect: whether, at the last of them, it alone had not got further since it was sent.
         further: set once it got further since it was sent, or ended.
         goal: number of tokens at which it has got further; more than there can be once it has.
@@ -38,7 +38,7 @@ class Entry:
     deaths: int = 0
     suspect: bool = False
     further: asyncio.Event = field(default_factory=asyncio.Event)
-    goal: int = PROGRESS
+    goal: int = PROGRESS_TOKENS
 
     @property
     def id(self) -> str:
@@ -48,7 +48,7 @@ class Entry:
         """An engine works on it from now on."""
         self.since = None
         self.further.clear()
-        self.goal = len(self.tokens) + PROGRESS
+        self.goal = len(self.tokens) + PROGRESS_TOKENS
 
     def reached_goal(self) -> None:
         self.goal = sys.maxsize

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-logger = logging.getLogger("xinference.vllm_backend")
+logger = logging.getLogger(__name__)
 
 HISTORY = 100  # moves that are remembered
 

@@ -13,8 +13,9 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..process.zygote import Zygote, ZygoteClient
-from . import vllm_seams
+from ..process.zygote.client import ZygoteClient
+from ..process.zygote.manager import Zygote
+from .seams import platform, start
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def start_zygote(method: str, model: str) -> None:
     with _lock:
         if _zygote is not None or resolve(method) != "zygote":
             return
-        environment = {**os.environ, **vllm_seams.SPAWN, **vllm_seams.linked_first()}
+        environment = {**os.environ, **start.SPAWN, **platform.ld_preload()}
         zygote = Zygote(environment, functools.partial(preload, model), hazard)
         try:
             zygote.start()
@@ -48,7 +49,7 @@ def start_zygote(method: str, model: str) -> None:
 def resolve(method: str) -> str:
     """Which method "auto" is here: "zygote" where it was measured to serve as fast as "spawn", on the CPU."""
     if method == "auto":
-        return "zygote" if vllm_seams.is_cpu_build() else "spawn"
+        return "zygote" if platform.is_cpu_build() else "spawn"
     return method
 
 
@@ -89,7 +90,7 @@ def preload(model: str) -> None:
 
 def hazard() -> str | None:
     """Run in the zygote: why a fork of it would not be clean, None if it would."""
-    if os.environ.get(vllm_seams.CUDA_COMPATIBILITY, "0") not in ("", "0"):
+    if os.environ.get(platform.CUDA_COMPATIBILITY, "0") not in ("", "0"):
         return "the linker finds CUDA's compatibility libraries only in a fresh process"
     torch = sys.modules.get("torch")
     for name in ("cuda", "xpu"):
@@ -100,11 +101,11 @@ def hazard() -> str | None:
 
 
 def _modules(model: str) -> Iterator[str]:
-    yield from vllm_seams.ENGINE_MODULES
+    yield from platform.ENGINE_MODULES
     with contextlib.suppress(ImportError, AttributeError):
-        yield from vllm_seams.worker_modules()
+        yield from platform.worker_modules()
     for architecture in _architectures(Path(model)):
-        module = vllm_seams.module_of(architecture)
+        module = platform.module_of(architecture)
         if module is not None:
             yield module
 

@@ -7,7 +7,7 @@ import functools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
-from ..engine.vllm_seams import engine_dead_errors, explain_request_error
+from ..engine.seams.exceptions import engine_dead_errors, explain_request_error
 from ..errors import EngineDiedError, EngineStoppedError
 
 F = TypeVar("F", bound=Callable[..., Awaitable[Any]])

@@ -18,15 +18,6 @@ KV_CACHE_MOST = 16 * GIB
 _VLLM_REQUIREMENT = re.compile(r"^\s*(?:#vllm_dependencies#|vllm(?![\w.-]))", re.IGNORECASE)
 
 
-def is_cpu_build() -> bool:
-    """Whether the vLLM that this process can import is the CPU build; False where there is none."""
-    try:
-        from vllm.platforms import current_platform
-    except ImportError:
-        return False
-    return bool(current_platform.is_cpu())
-
-
 def fill_in(arguments: dict[str, Any], given: Set[str], settings: Settings) -> None:
     """Replace Xinference's sizes for GPUs by such as work on a CPU host, where the user gave none.
 

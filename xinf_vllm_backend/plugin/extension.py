@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .. import __version__
-from .cluster import METRICS
+from ..__version__ import __version__
+from .cluster_link import METRICS
 
 
 class VLLMBackendExtension:

@@ -15,13 +15,16 @@ from typing import Any
 
 from xinference.model.llm.vllm.core import VLLMModel
 
-from ..engine import diagnosis, preload, vllm_seams
+from ..engine import diagnosis, preload
 from ..engine.lifecycle import Move, State
-from ..engine.member import EngineMember, Phase
+from ..engine.phase import Phase
+from ..engine.seams import platform, start, version
+from ..engine.spec import EngineSpec
+from ..engine.supervisor import EngineSupervisor
 from ..errors import BackendError, BadLaunchArgumentError, BadRequestError, EngineStartError, EngineStoppedError
 from ..settings import Settings
-from . import arrival, cluster, cpu, deaths, engine_log
-from .cluster import ClusterLink
+from . import cluster_link, cpu, death_log, engine_log, pickling
+from .cluster_link import ClusterLink
 
 logger = logging.getLogger("xinference.vllm_backend")
 
@@ -45,17 +48,17 @@ class HostedModel(VLLMModel):
         settings = Settings.resolve(self._options)  # a bad one fails here, before anything is made
         self._given = frozenset(launch_arguments)
         super().__init__(model_uid, model_family, model_path, launch_arguments, *args)
-        deaths.begin(self.raw_model_uid)
+        death_log.begin(self.raw_model_uid)
         self._stop_requested = False
         self._death: asyncio.Task[str] | None = None
         self._link: ClusterLink | None = None
         self._refuse_unsupported()
         self._start_method = settings.engine_start_method if self._is_ours() else "spawn"
-        if cpu.is_cpu_build():
+        if platform.is_cpu_build():
             self.model_family = cpu.without_vllm(self.model_family)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return arrival.departing(self, self._start_method, str(self.model_path))
+        return pickling.reduce_model(self, self._start_method, str(self.model_path))
 
     def _refuse_unsupported(self) -> None:
         if self._enable_weight_cache:
@@ -73,11 +76,11 @@ class HostedModel(VLLMModel):
 
     @staticmethod
     def _has_cuda_device() -> bool:
-        return cpu.is_cpu_build() or VLLMModel._has_cuda_device()
+        return platform.is_cpu_build() or VLLMModel._has_cuda_device()
 
     @staticmethod
     def _get_cuda_count() -> int:
-        return 1 if cpu.is_cpu_build() else VLLMModel._get_cuda_count()
+        return 1 if platform.is_cpu_build() else VLLMModel._get_cuda_count()
 
     def _native_mp_route(self) -> tuple[bool, str]:
         if not self._is_ours():
@@ -105,7 +108,7 @@ class HostedModel(VLLMModel):
             self._link = ClusterLink(self.model_family.address, self.raw_model_uid)
         self._show(Phase.ENVIRONMENT)
         with self._readable_errors():
-            vllm_seams.check_version()
+            version.check_version()
             if not self._is_ours():
                 super().load()
                 return
@@ -114,7 +117,7 @@ class HostedModel(VLLMModel):
 
     def _load_here(self, started: float) -> None:
         with _environment_kept():
-            with vllm_seams.engine_made_by(self._make_member):
+            with start.engine_made_by(self._make_supervisor):
                 super().load()
                 self._loading_thread.join(self._settings.load_timeout)
             if self._stop_requested:
@@ -128,24 +131,25 @@ class HostedModel(VLLMModel):
         """Finish the load, and start the health task on the event loop."""
         with self._readable_errors():
             super().wait_for_load()
-        past = deaths.of(self.raw_model_uid)
+        past = death_log.read(self.raw_model_uid)
         if past:
             self._announce(f"The model {self.raw_model_uid} serves again, after this: {past[-1]['reason']}")
 
-    def _make_member(self, engine_args: Any) -> EngineMember:
-        return EngineMember(
+    def _make_supervisor(self, engine_args: Any) -> EngineSupervisor:
+        spec = EngineSpec(
             self.raw_model_uid,
             engine_args,
             self._settings,
-            self._show,
-            engine_log.write,
+            on_phase=self._show,
+            on_line=engine_log.write,
             on_move=self._moved,
-            on_inexact=lambda request_id, why: self._count(cluster.INEXACT),
+            on_inexact=lambda request_id, why: self._count(cluster_link.INEXACT),
         )
+        return EngineSupervisor(spec)
 
     def _sanitize_model_config(self, model_config: Any) -> Any:
         config = super()._sanitize_model_config(model_config)
-        if cpu.is_cpu_build():
+        if platform.is_cpu_build():
             cpu.fill_in(config, self._given, self._settings)
         elif self._is_ours():
             self._share_devices(config)
@@ -211,7 +215,7 @@ class HostedModel(VLLMModel):
     async def _check_healthy(self, interval: float = 30) -> None:
         """Created as a task by ``wait_for_load``, cancelled by ``stop``; ``interval`` is upstream's and not used."""
         engine = self._engine
-        if isinstance(engine, EngineMember):
+        if isinstance(engine, EngineSupervisor):
             if await engine.watch():
                 await self.engine_died()
             return
@@ -223,19 +227,19 @@ class HostedModel(VLLMModel):
         engine = self._engine
         if self._stop_requested or engine is None:
             return False
-        return engine.is_dead() if isinstance(engine, EngineMember) else bool(engine.errored)
+        return engine.is_dead() if isinstance(engine, EngineSupervisor) else bool(engine.errored)
 
     def _moved(self, move: Move) -> None:
         """Tell the cluster of an engine that is restarted in place, and that it is back."""
         name = self.raw_model_uid
         if move.state is State.RESTARTING:
-            deaths.record(name, move.reason)
-            self._count(cluster.DEATHS)
+            death_log.record(name, move.reason)
+            self._count(cluster_link.DEATHS)
             self._announce(f"{move.reason}. It is being restarted in place, and requests wait for it.", error=True)
         elif move.state is State.STALE:
             self._announce(f"The vLLM engine of {name} does not serve: {move.reason}.", error=True)
         elif move.state is State.READY and move.previous is not State.STARTING:
-            self._count(cluster.RESTARTS)
+            self._count(cluster_link.RESTARTS)
             self._announce(f"The vLLM engine of {name} serves again: {move.reason}.")
 
     def _announce(self, text: str, *, error: bool = False) -> None:
@@ -261,11 +265,11 @@ class HostedModel(VLLMModel):
     async def _give_up(self) -> str:
         engine = self._engine
         how = f"The vLLM engine of {self.raw_model_uid} died"
-        if isinstance(engine, EngineMember):
+        if isinstance(engine, EngineSupervisor):
             how = engine.failure or await asyncio.to_thread(engine.death)
         reason = f"{how}. The model process ends so that Xinference starts the model again."
         logger.error("%s", reason)
-        await self._attempt(asyncio.to_thread(deaths.record, self.raw_model_uid, reason))
+        await self._attempt(asyncio.to_thread(death_log.record, self.raw_model_uid, reason))
         if self._link is not None:
             await self._attempt(self._link.announce_death(reason))
         # Nothing of this engine may be alive beside the next one.
@@ -281,8 +285,8 @@ class HostedModel(VLLMModel):
     async def engine_status(self) -> dict[str, Any]:
         """State, processes and past deaths of this replica's engine, as plain data."""
         engine = self._engine
-        ours = isinstance(engine, EngineMember)
-        past = deaths.of(self.raw_model_uid)
+        ours = isinstance(engine, EngineSupervisor)
+        past = death_log.read(self.raw_model_uid)
         return {
             "replica": self.raw_model_uid,
             **(self._of_ours(engine) if ours else {"state": self._state_of_upstreams(), "processes": []}),
@@ -298,7 +302,7 @@ class HostedModel(VLLMModel):
         return "stopped" if self._stop_requested else "dead" if self._engine_is_dead() else "ready"
 
     @staticmethod
-    def _of_ours(engine: EngineMember) -> dict[str, Any]:
+    def _of_ours(engine: EngineSupervisor) -> dict[str, Any]:
         moves = engine.lifecycle.history
         return {
             "state": engine.lifecycle.state.value,
@@ -312,7 +316,7 @@ class HostedModel(VLLMModel):
 
     def stop(self) -> None:
         """Stop the engine in whatever state it is; idempotent, bounded; blocks, so never on an event loop."""
-        deaths.forget(self.raw_model_uid)
+        death_log.forget(self.raw_model_uid)
         super().stop()
 
     def _stop_engine(self) -> None:
@@ -355,5 +359,5 @@ def _environment_kept() -> Iterator[None]:
 def _in_words(error: Exception) -> str:
     unknown = re.search(r"AsyncEngineArgs.*unexpected keyword argument '(\w+)'", str(error))
     if unknown:
-        return f"vLLM {vllm_seams.version()} has no engine argument {unknown[1]!r}; leave it out or correct its name."
+        return f"vLLM {version.version()} has no engine argument {unknown[1]!r}; leave it out or correct its name."
     return diagnosis.describe(error)

@@ -20,22 +20,22 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, NoReturn
 
-from . import leftovers, threads
+from . import cleanup, threads
 
 if TYPE_CHECKING:
-    from .zygote import ZygoteClient
+    from .zygote.client import ZygoteClient
 
 PID_REPORT = "pid: "  # begins the report of a process that began
 
 
 @dataclass(frozen=True)
-class Family:
+class InheritedHandles:
     """What a child shares with its own children.
 
     Attributes:
         reports: write end of the pipe that :func:`report` uses.
         zygote: where to have children forked; None to spawn them.
-        mark: in the name of all that they leave behind (see :mod:`.leftovers`); "" for no such names.
+        mark: in the name of all that they leave behind (see :mod:`.cleanup`); "" for no such names.
         alive: held until this process ends, so that what it leaves is not removed before.
     """
 
@@ -51,45 +51,45 @@ class ChildSetup:
 
     Attributes:
         environment: all its variables.
-        family: what it shares with its own children.
+        handles: what it shares with its own children.
         output: write end of the pipe that takes the child's stdout and stderr; None to inherit the parent's.
     """
 
     environment: Mapping[str, str] = field(default_factory=dict)
-    family: Family = Family()
+    handles: InheritedHandles = InheritedHandles()
     output: Connection | None = None
 
 
 was_forked = False  # by the zygote
-_family = Family()
+_handles = InheritedHandles()
 
 
-def family() -> Family:
+def inherited_handles() -> InheritedHandles:
     """What this process shares with its own children; nothing outside an engine process."""
-    return _family
+    return _handles
 
 
 def report(message: str) -> None:
     """Tell the process that owns the engine what this one is doing now; a no-op outside an engine process."""
-    if _family.reports is not None:
+    if _handles.reports is not None:
         # The owner may be gone or no longer listening: a report is never worth failing for.
         with contextlib.suppress(OSError):
-            _family.reports.send_bytes(message.encode())
+            _handles.reports.send_bytes(message.encode())
 
 
 def run(setup: ChildSetup, call: bytes) -> None:
     """Run the pickled ``(initializer, target, args, kwargs)`` in this child as ``setup`` says."""
-    global _family
+    global _handles
     parent = multiprocessing.parent_process()
     if parent is not None:
         bind_to(parent.sentinel)
-    _family = setup.family
+    _handles = setup.handles
     report(f"{PID_REPORT}{os.getpid()}")
     _set_environment(setup.environment)
     if was_forked:
-        threads.settle()
-    if _family.mark:
-        leftovers.name_after(_family.mark)
+        threads.apply_thread_limits()
+    if _handles.mark:
+        cleanup.name_after(_handles.mark)
     _redirect_output(setup.output)
     initializer, target, args, kwargs = pickle.loads(call)
     if initializer is not None:
@@ -97,7 +97,7 @@ def run(setup: ChildSetup, call: bytes) -> None:
     target(*args, **kwargs)
 
 
-def leave(exit_code: int) -> NoReturn:
+def exit_fast(exit_code: int) -> NoReturn:
     """End this process after its target has: what it wanted done at exit is done, what the kernel does is left to it.
 
     To take apart, object by object, all that an engine process imported takes seconds.

@@ -22,12 +22,12 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from . import bootstrap
-from .bootstrap import ChildSetup, Family
+from .bootstrap import ChildSetup, InheritedHandles
 from .exits import EXIT_REPORT, announce_exit
 from .output import ChildOutput, OutputTail
 from .popen import SpawnPopen, ZygotePopen, occupy_standard_streams
 from .tree import ProcessTree
-from .zygote import ZygoteClient, ZygoteUnavailableError
+from .zygote.client import ZygoteClient, ZygoteUnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +46,10 @@ class EngineContext(SpawnContext):
         tail: where the output of the children and of their descendants is kept; None lets them inherit ours.
         on_report: called with each message that a child or descendant sends by :func:`.bootstrap.report`, on a
             thread of this context; needs ``tail``.
-        family: what the children share with theirs, by default what this process shares with its own; each child gets
+        handles: what the children share with theirs, by default what this process shares with its own; each child gets
             a pipe for reports of its own where there is a tail.
         find_zygote: asked at each start for where to have the child forked; None, or a raised
-            :class:`.zygote.ZygoteUnavailableError`, spawns it. By default the family's zygote.
+            :class:`.zygote.ZygoteUnavailableError`, spawns it. By default the zygote of the handles.
 
     Attributes:
         children: those that were started.
@@ -64,7 +64,7 @@ class EngineContext(SpawnContext):
         on_start: Callable[[str], None] = lambda name: None,
         tail: OutputTail | None = None,
         on_report: Callable[[str], None] = lambda message: None,
-        family: Family | None = None,
+        handles: InheritedHandles | None = None,
         find_zygote: FindZygote | None = None,
         own: Callable[[], Mapping[str, str]] = dict,
         on_loss: Callable[[], None] = lambda: None,
@@ -76,7 +76,7 @@ class EngineContext(SpawnContext):
         self.on_start = on_start
         self.tail = tail
         self.on_report = on_report
-        self.family = family or bootstrap.family()
+        self.handles = handles or bootstrap.inherited_handles()
         self.find_zygote = find_zygote
         self.children: list[EngineProcess] = []
         self.outputs: list[ChildOutput] = []
@@ -122,21 +122,21 @@ class EngineContext(SpawnContext):
             raise RuntimeError(f"{process.name} was not started: the engine is being stopped")
 
     def make(self, process: EngineProcess) -> Popen:
-        """Fork ``process`` from its family's zygote, or spawn it."""
+        """Fork ``process`` from the zygote, or spawn it."""
         setup = process.setup
-        if setup.family.zygote is not None:
+        if setup.handles.zygote is not None:
             try:
-                return ZygotePopen(process, setup.environment, setup.family.zygote, self._sealed)
+                return ZygotePopen(process, setup.environment, setup.handles.zygote, self._sealed)
             except ZygoteUnavailableError as reason:
                 self._refuse_if_sealed(process)
                 logger.warning("%s is spawned, not forked from the zygote: %s", process.name, reason)
-            process.setup = replace(setup, family=replace(setup.family, zygote=None))
+            process.setup = replace(setup, handles=replace(setup.handles, zygote=None))
         return SpawnPopen(process, setup.environment)
 
     def zygote(self, name: str) -> ZygoteClient | None:
         """Where to have the process ``name`` forked now."""
         try:
-            return self.find_zygote() if self.find_zygote is not None else self.family.zygote
+            return self.find_zygote() if self.find_zygote is not None else self.handles.zygote
         except ZygoteUnavailableError as reason:
             logger.warning("%s is spawned, not forked from the zygote: %s", name, reason)
             return None
@@ -179,16 +179,16 @@ class EngineProcess(SpawnProcess):
         occupy_standard_streams()
         with contextlib.ExitStack() as stack:
             output = readers = None
-            family = replace(context.family, zygote=context.zygote(self.name))
+            handles = replace(context.handles, zygote=context.zygote(self.name))
             if context.tail is not None:
                 read_output, output = Pipe(duplex=False)
                 read_reports, reports = Pipe(duplex=False)
                 stack.callback(output.close)
                 stack.callback(reports.close)
-                family = replace(family, reports=reports)
+                handles = replace(handles, reports=reports)
                 readers = ChildOutput(self.name, read_output, read_reports, context.tail, context.heard)
             # All variables, as this thread sees them: what the process is forked from has others.
-            self.setup = ChildSetup({**os.environ, **context.environment, **context.own()}, family, output)
+            self.setup = ChildSetup({**os.environ, **context.environment, **context.own()}, handles, output)
             try:
                 context.launch(self, super().start)
             except BaseException:
@@ -213,7 +213,7 @@ class EngineProcess(SpawnProcess):
 
     def _bootstrap(self, parent_sentinel: int | None = None) -> int:
         exit_code = super()._bootstrap(parent_sentinel)  # type: ignore[misc]
-        bootstrap.leave(exit_code)
+        bootstrap.exit_fast(exit_code)
 
     def __getstate__(self) -> dict[str, Any]:
         """What the child gets: not the context."""

@@ -20,7 +20,7 @@ from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .zygote import ZygoteClient
+    from .zygote.client import ZygoteClient
 
 STATUS_TIMEOUT = 5.0  # seconds that the zygote has to tell how a child of it ended, once it has
 ASIDE_TIMEOUT = 0.1  # seconds of that for one who only wants to look

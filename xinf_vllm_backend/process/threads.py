@@ -12,7 +12,7 @@ import sys
 import threadpoolctl
 
 
-def settle() -> None:
+def apply_thread_limits() -> None:
     """Have as many threads, on such CPUs, as the environment asks for; a spawned process gets that by itself."""
     openmp = _count("OMP_NUM_THREADS")
     if "numpy" in sys.modules:

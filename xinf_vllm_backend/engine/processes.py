@@ -8,22 +8,23 @@ import multiprocessing.connection
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
-from enum import Enum
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any
 
 from ..errors import BackendError, EngineStartError, EngineStartTimeoutError, EngineStoppedError
-from ..process.bootstrap import Family
+from ..process.bootstrap import InheritedHandles
+from ..process.cleanup import Cleanup
 from ..process.context import EngineContext
 from ..process.exits import describe_exit
 from ..process.launch_lock import DeviceLocks, launch_lock
-from ..process.leftovers import Leftovers
 from ..process.output import OutputTail
-from ..settings import Settings
-from . import diagnosis, preload, vllm_seams
+from . import diagnosis, preload
+from .phase import Phase
+from .seams import core_client, platform, start
+from .seams.child import prepare_child
+from .spec import EngineSpec
 
-logger = logging.getLogger("xinference.vllm_backend")
+logger = logging.getLogger(__name__)
 
 EXIT_TIMEOUT = 0.5  # seconds that a dead engine's processes have to end by themselves
 KILL_TIMEOUT = 5.0  # seconds until a SIGKILLed process is given up as unkillable
@@ -31,29 +32,11 @@ LOCK_MARGIN = 1.0  # seconds before load_timeout in which a launch that waits fo
 REMOVE_TIMEOUT = 2.0  # seconds until files of a dead engine are left to the janitor
 
 
-class Phase(str, Enum):
-    """What a launch is doing, in the order it does it."""
-
-    ENVIRONMENT = "environment"
-    CONFIGURATION = "engine configuration"
-    PROCESSES = "processes"
-    WEIGHTS = "weights"
-    PROFILING = "memory profiling"
-    WARM_UP = "warm-up"
-    READY = "ready"
-
-
-class Incarnation:
+class EngineProcesses:
     """The processes of one engine, from their start to their end.
 
     Args:
-        name: what to call the engine in threads, logs and errors.
-        engine_args: a ``vllm.AsyncEngineArgs``.
-        settings: the options of the model.
-        on_phase: called, from several threads, with each phase of the start.
-        on_line: called, from several threads, with each line that the processes print.
-        environment: variables of this engine alone, such as its devices; for its processes, and for vLLM while it
-            configures the engine here.
+        spec: what the engine is made from.
         on_loss: called, from several threads, when a descendant was reported to have ended badly.
 
     Attributes:
@@ -62,19 +45,11 @@ class Incarnation:
 
     def __init__(
         self,
-        name: str,
-        engine_args: Any,
-        settings: Settings,
-        on_phase: Callable[[Phase], None] = lambda phase: None,
-        on_line: Callable[[str], None] = lambda line: None,
-        environment: Mapping[str, str] = MappingProxyType({}),
+        spec: EngineSpec,
         on_loss: Callable[[], None] = lambda: None,
     ) -> None:
-        self.name = name
+        self._spec = spec
         self.client: Any = None
-        self._engine_args = engine_args
-        self._settings = settings
-        self._on_phase = on_phase
         self._made: Any = None
         self._resources: list[Any] = []
         self._phase = Phase.ENVIRONMENT
@@ -82,16 +57,16 @@ class Incarnation:
         self._woken = threading.Event()  # loaded, failed or stopped
         self._stopping = threading.Event()
         self._stop_lock = threading.Lock()
-        self._leftovers: Leftovers | None = None
-        self._tail = OutputTail(on_line=on_line)
+        self._cleanup: Cleanup | None = None
+        self._tail = OutputTail(on_line=spec.on_line)
         self._context = EngineContext(
-            environment,
-            vllm_seams.prepare_child,
+            spec.environment,
+            prepare_child,
             self._child_started,
             self._tail,
             self._report,
-            find_zygote=lambda: preload.zygote_client(settings.engine_start_method),
-            own=vllm_seams.own_ports,
+            find_zygote=lambda: preload.zygote_client(spec.settings.engine_start_method),
+            own=platform.port_environment,
             on_loss=on_loss,
         )
 
@@ -112,8 +87,8 @@ class Incarnation:
             EngineStoppedError: it was stopped while it started.
             EngineStartError: anything else, with the root cause.
         """
-        self._deadline = (time.monotonic() if since is None else since) + self._settings.load_timeout
-        preload.start_zygote(self._settings.engine_start_method, self._engine_args.model)
+        self._deadline = (time.monotonic() if since is None else since) + self._spec.settings.load_timeout
+        preload.start_zygote(self._spec.settings.engine_start_method, self._spec.arguments.model)
         failures: list[BaseException] = []
 
         def load() -> None:
@@ -125,19 +100,19 @@ class Incarnation:
             finally:
                 self._woken.set()
 
-        threading.Thread(target=load, name=f"vllm-engine-loader-{self.name}", daemon=True).start()
+        threading.Thread(target=load, name=f"vllm-engine-loader-{self._spec.name}", daemon=True).start()
         in_time = self._woken.wait(self._left())
         if in_time and not failures and not self._stopping.is_set():
             return self._made
         was_stopped = self._stopping.is_set()
         self.stop()
         if was_stopped:
-            raise EngineStoppedError(f"The vLLM engine of {self.name} was stopped while it was starting.")
+            raise EngineStoppedError(f"The vLLM engine of {self._spec.name} was stopped while it was starting.")
         if not in_time:
             said = diagnosis.last_words(self._tail.lines())
             raise EngineStartTimeoutError(
-                f"The vLLM engine of {self.name} was not ready after {self._settings.load_timeout:g} s and was stopped "
-                f"in the phase {self._phase.value!r}; raise load_timeout if the model needs longer."
+                f"The vLLM engine of {self._spec.name} was not ready after {self._spec.settings.load_timeout:g} s "
+                f"and was stopped in the phase {self._phase.value!r}; raise load_timeout if the model needs longer."
                 + (f" It last said: {said}" if said else "")
             )
         if isinstance(failures[0], EngineStartError):  # a lock that was not to be had
@@ -145,36 +120,36 @@ class Incarnation:
         raise EngineStartError(self._start_failure(failures[0]))
 
     def _load(self, make: Callable[[], Any]) -> None:
-        devices = vllm_seams.devices(self._engine_args, self._settings.device_locks)
+        devices = platform.devices(self._spec.arguments, self._spec.settings.device_locks)
         with contextlib.ExitStack() as held:
             # Devices before the lock: whoever holds the lock waits for nobody.
-            locks = held.enter_context(DeviceLocks(devices, self.name))
+            locks = held.enter_context(DeviceLocks(devices, self._spec.name))
             locks.acquire(self._left(LOCK_MARGIN), self._stopping)
-            launch = held.enter_context(launch_lock.hold(self.name, self._left(LOCK_MARGIN), self._stopping))
-            held.enter_context(vllm_seams.starts_from(self._context, launch.release, self._resources))
-            self._leave_together()
+            launch = held.enter_context(launch_lock.hold(self._spec.name, self._left(LOCK_MARGIN), self._stopping))
+            held.enter_context(start.starts_from(self._context, launch.release, self._resources))
+            self._mark_for_cleanup()
             self._enter(Phase.CONFIGURATION)
             self._made = make()
         self._tail.clear()  # what was said until now explains no later death
 
-    def _leave_together(self) -> None:
+    def _mark_for_cleanup(self) -> None:
         """Have all that this engine may leave behind marked and removed with its last process."""
         with self._stop_lock:
             if self._stopping.is_set():
-                raise EngineStoppedError(f"The launch of {self.name} was stopped.")
-            self._leftovers = leftovers = Leftovers(vllm_seams.rpc_base())
-        self._context.family = Family(mark=leftovers.mark, alive=leftovers.alive)
-        os.environ.update(vllm_seams.rpc_directory(leftovers.directory))  # on this thread
+                raise EngineStoppedError(f"The launch of {self._spec.name} was stopped.")
+            self._cleanup = cleanup = Cleanup(platform.rpc_base())
+        self._context.handles = InheritedHandles(mark=cleanup.mark, alive=cleanup.alive)
+        os.environ.update(platform.rpc_directory(cleanup.directory))  # on this thread
 
     def _left(self, margin: float = 0.0) -> float:
         return max(0.0, self._deadline - margin - time.monotonic())
 
     def _enter(self, phase: Phase) -> None:
         self._phase = phase
-        self._on_phase(phase)
+        self._spec.on_phase(phase)
 
     def _child_started(self, name: str) -> None:
-        if name != vllm_seams.INSPECTION_PROCESS:
+        if name != start.INSPECTION_PROCESS:
             self._enter(Phase.PROCESSES)
 
     def _report(self, message: str) -> None:
@@ -186,11 +161,11 @@ class Incarnation:
         self._context.await_output(EXIT_TIMEOUT)
         if any(child.exitcode for child in self._context.children):  # a child failed, so it knows better
             cause = diagnosis.root_cause(self._tail.lines()) or self._how_children_ended() or cause
-        return f"The vLLM engine of {self.name} failed to start: {cause}"
+        return f"The vLLM engine of {self._spec.name} failed to start: {cause}"
 
     def _release(self) -> None:
         for resources in self._resources:
-            vllm_seams.release(resources)
+            core_client.release(resources)
 
     # -- watch
 
@@ -200,7 +175,7 @@ class Incarnation:
         return self._made is not None and (
             bool(self._context.lost)
             or any(child.exitcode is not None for child in self._serving())
-            or vllm_seams.is_dead(self.client)
+            or core_client.is_dead(self.client)
         )
 
     def is_halted(self) -> bool:
@@ -209,7 +184,7 @@ class Incarnation:
 
     def seconds_of_cpu(self) -> tuple[dict[int, float], dict[int, float]]:
         """Of Workers and of all other processes, by pid, how many each and those that it started have used so far."""
-        return self._context.tree.seconds_of_cpu(vllm_seams.WORKER)
+        return self._context.tree.seconds_of_cpu(platform.WORKER)
 
     def processes(self) -> list[dict[str, Any]]:
         """The engine's living processes: pid and title of each."""
@@ -231,10 +206,10 @@ class Incarnation:
         cause = diagnosis.root_cause(self._tail.lines())
         if cause in self._context.lost:
             cause = None
-        return f"The vLLM engine of {self.name} died: {how}" + (f"; {cause}" if cause else "")
+        return f"The vLLM engine of {self._spec.name} died: {how}" + (f"; {cause}" if cause else "")
 
     def _serving(self) -> list[Any]:
-        return [child for child in self._context.children if child.name != vllm_seams.INSPECTION_PROCESS]
+        return [child for child in self._context.children if child.name != start.INSPECTION_PROCESS]
 
     def _how_children_ended(self) -> str | None:
         ended = [child for child in self._serving() if child.exitcode is not None]
@@ -255,7 +230,7 @@ class Incarnation:
         try:
             self.stop(lambda: self.client.shutdown(timeout=0), EXIT_TIMEOUT, kill=True)
         except Exception as error:  # whoever starts the next one sees to it first that this one is gone
-            logger.exception("What is left of the vLLM engine of %s could not be ended: %s", self.name, error)
+            logger.exception("What is left of the vLLM engine of %s could not be ended: %s", self._spec.name, error)
         self._context.await_output(EXIT_TIMEOUT)
         return hung or self._death(how)
 
@@ -286,8 +261,8 @@ class Incarnation:
                 child.release()
             if self._made is not None:  # else the thread that makes it does that
                 self._release()
-            if self._leftovers is not None:
-                self._leftovers.remove(REMOVE_TIMEOUT)
+            if self._cleanup is not None:
+                self._cleanup.remove(REMOVE_TIMEOUT)
         if left:
             pids = ", ".join(str(process.pid) for process in left)
-            raise BackendError(f"Processes of the vLLM engine of {self.name} could not be killed: pid {pids}")
+            raise BackendError(f"Processes of the vLLM engine of {self._spec.name} could not be killed: pid {pids}")

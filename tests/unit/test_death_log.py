@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from xinf_vllm_backend.plugin import deaths
+from xinf_vllm_backend.plugin import death_log
 
 
 @pytest.fixture(autouse=True)
@@ -23,59 +23,59 @@ def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def _reasons(replica_uid: str) -> list[str]:
-    return [death["reason"] for death in deaths.of(replica_uid)]
+    return [death["reason"] for death in death_log.read(replica_uid)]
 
 
 class TestDeathsAreKept:
     def test_a_replica_that_never_died_has_none(self, home: Path) -> None:
-        assert deaths.of("tiny-0") == []
+        assert death_log.read("tiny-0") == []
         assert not home.exists()
 
     def test_they_come_back_oldest_first_with_their_time(self) -> None:
         before = time.time()
-        deaths.record("tiny-0", "killed by SIGKILL")
-        deaths.record("tiny-0", "out of memory")
-        first, second = deaths.of("tiny-0")
+        death_log.record("tiny-0", "killed by SIGKILL")
+        death_log.record("tiny-0", "out of memory")
+        first, second = death_log.read("tiny-0")
         assert (first["reason"], second["reason"]) == ("killed by SIGKILL", "out of memory")
         assert before <= first["time"] <= second["time"] <= time.time()
 
     def test_a_reason_of_several_lines_and_scripts_stays_one_death(self) -> None:
         reason = 'ValueError: "模型"\nand more\u2028and more'
-        deaths.record("tiny-0", reason)
-        deaths.record("tiny-0", "again")
+        death_log.record("tiny-0", reason)
+        death_log.record("tiny-0", "again")
         assert _reasons("tiny-0") == [reason, "again"]
 
     def test_what_a_death_leaves_behind_is_below_xinferences_home(self, home: Path) -> None:
-        deaths.record("tiny-0", "killed")
+        death_log.record("tiny-0", "killed")
         assert [path.relative_to(home).parts[0] for path in home.rglob("*.jsonl")] == ["vllm_backend"]
 
 
 class TestReplicasAreKeptApart:
     def test_each_has_its_own_deaths(self) -> None:
-        deaths.record("tiny-0", "killed")
-        assert deaths.of("tiny-1") == []
+        death_log.record("tiny-0", "killed")
+        assert death_log.read("tiny-1") == []
 
     @pytest.mark.parametrize("uid", ["a/b", "../../escape", "..", "/etc/passwd", "空 格%2F", "a.b-0"])
     def test_a_name_that_is_no_file_name_stays_inside_the_directory(self, uid: str, home: Path) -> None:
-        deaths.record(uid, "killed")
+        death_log.record(uid, "killed")
         assert _reasons(uid) == ["killed"]
         (file,) = home.parent.rglob("*.jsonl")
         assert file.parent == home / "vllm_backend" / "deaths"
 
     def test_names_that_look_alike_when_escaped_are_two(self) -> None:
-        deaths.record("a/b", "the first")
-        deaths.record("a%2Fb", "the second")
+        death_log.record("a/b", "the first")
+        death_log.record("a%2Fb", "the second")
         assert (_reasons("a/b"), _reasons("a%2Fb")) == (["the first"], ["the second"])
 
 
 class TestDeathsAreForgotten:
     def test_when_the_replica_is_stopped_on_purpose(self) -> None:
-        deaths.record("tiny-0", "killed")
-        deaths.record("tiny-1", "killed")
-        deaths.forget("tiny-0")
-        assert deaths.of("tiny-0") == []
+        death_log.record("tiny-0", "killed")
+        death_log.record("tiny-1", "killed")
+        death_log.forget("tiny-0")
+        assert death_log.read("tiny-0") == []
         assert _reasons("tiny-1") == ["killed"]
 
     def test_also_when_there_is_nothing_to_forget(self) -> None:
-        deaths.forget("tiny-0")
-        deaths.forget("tiny-0")
+        death_log.forget("tiny-0")
+        death_log.forget("tiny-0")

@@ -1,7 +1,7 @@
-"""What processes leave behind when they are killed: files, and names in shared memory.
+"""Removes what processes leave behind when they are killed: files, and names in shared memory.
 
 All that belongs to one engine has one mark in its name. A process of a few hundred KiB, the janitor, waits until the
-last process of the engine has ended, however that was, and removes what bears the mark.
+last process of the engine has ended, in whatever way, and removes what bears the mark.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ LONGEST_BASE = 50  # characters: the name of a socket has at most 107, of which 
 _JANITOR = 'trap "" TERM INT HUP; read -r _; rm -rf -- "$1" "$2"/*"$3"*'
 
 
-class Leftovers:
-    """Removed when all who hold :attr:`alive` have ended.
+class Cleanup:
+    """The files and names of one engine, removed when the last process that holds :attr:`alive` has ended.
 
     Args:
         base: the directory is made in it, in /tmp if its name is too long; by default the system's for such files.

@@ -16,50 +16,53 @@ import psutil
 import pytest
 
 from xinf_vllm_backend.engine import preload
-from xinf_vllm_backend.engine.member import EngineMember, Phase
+from xinf_vllm_backend.engine.phase import Phase
+from xinf_vllm_backend.engine.supervisor import EngineSupervisor
 from xinf_vllm_backend.errors import EngineStartTimeoutError, EngineStoppedError
 from xinf_vllm_backend.process.launch_lock import DeviceLocks
 
 pytestmark = pytest.mark.engine
 
-Make = Callable[..., EngineMember]
+Make = Callable[..., EngineSupervisor]
 NOTICED = 2.0  # seconds
 
 
-async def generate(member: EngineMember, tokens: int) -> Any:
+async def generate(supervisor: EngineSupervisor, tokens: int) -> Any:
     from vllm import SamplingParams
 
-    async for output in member.generate("The keeper", SamplingParams(max_tokens=tokens, temperature=0), "request"):
+    async for output in supervisor.generate("The keeper", SamplingParams(max_tokens=tokens, temperature=0), "request"):
         last = output
     return last
 
 
-async def until_dead(member: EngineMember) -> None:
-    while not member.is_dead():
+async def until_dead(supervisor: EngineSupervisor) -> None:
+    while not supervisor.is_dead():
         await asyncio.sleep(0.01)
 
 
-async def test_two_ranks_serve_and_die_with_a_reason(make_member: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_two_ranks_serve_and_die_with_a_reason(make_supervisor: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if (os.cpu_count() or 1) > 1 else "0|0")
     phases: list[tuple[Phase, str]] = []
-    member = make_member(lambda phase: phases.append((phase, threading.current_thread().name)), tensor_parallel_size=2)
-    await asyncio.to_thread(member.start)
+    supervisor = make_supervisor(
+        lambda phase: phases.append((phase, threading.current_thread().name)), tensor_parallel_size=2
+    )
+    await asyncio.to_thread(supervisor.start)
 
     assert list(dict.fromkeys(phase for phase, _ in phases)) == list(Phase)[1:]  # "environment" is the host's
     assert phases[0][1] == "vllm-engine-loader-tiny"
-    titles = sorted(process["title"] for process in member.processes())
+    titles = sorted(process["title"] for process in supervisor.processes())
     assert titles == ["VLLM::EngineCore", "VLLM::Worker_TP0", "VLLM::Worker_TP1"]
-    assert len((await generate(member, 5)).outputs[0].token_ids) == 5
-    assert not member.is_dead()
+    assert len((await generate(supervisor, 5)).outputs[0].token_ids) == 5
+    assert not supervisor.is_dead()
 
-    victim = next(process["pid"] for process in member.processes() if process["title"] == "VLLM::Worker_TP1")
+    victim = next(process["pid"] for process in supervisor.processes() if process["title"] == "VLLM::Worker_TP1")
     os.kill(victim, signal.SIGKILL)
-    await asyncio.wait_for(until_dead(member), NOTICED)
-    assert f"VllmWorker-1 (pid {victim}) was killed by SIGKILL" in await asyncio.to_thread(member.death)
+    await asyncio.wait_for(until_dead(supervisor), NOTICED)
+    assert f"VllmWorker-1 (pid {victim}) was killed by SIGKILL" in await asyncio.to_thread(supervisor.death)
 
 
 async def test_engines_start_side_by_side_each_with_its_own_environment(
-    make_member: Make, monkeypatch: pytest.MonkeyPatch
+    make_supervisor: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Eight at once: the environment of this process is at no moment other than before."""
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # so that a function can be sent to a Worker
@@ -72,19 +75,19 @@ async def test_engines_start_side_by_side_each_with_its_own_environment(
         differing.extend(elsewhere.submit(dict, os.environ).result(10).items() ^ before.items())
 
     names = [f"{number}" for number in range(8)]
-    members = [make_member(watch, environment={"XINF_VLLM_TEST_DEVICES": name}) for name in names]
+    supervisors = [make_supervisor(watch, environment={"XINF_VLLM_TEST_DEVICES": name}) for name in names]
     before = dict(os.environ)
-    await asyncio.gather(*(asyncio.to_thread(member.start) for member in members))
-    for name, member in zip(names, members, strict=True):
-        assert await member.collective_rpc(lambda worker: os.environ["XINF_VLLM_TEST_DEVICES"]) == [name]
+    await asyncio.gather(*(asyncio.to_thread(supervisor.start) for supervisor in supervisors))
+    for name, supervisor in zip(names, supervisors, strict=True):
+        assert await supervisor.collective_rpc(lambda worker: os.environ["XINF_VLLM_TEST_DEVICES"]) == [name]
     assert differing == []
     assert dict(os.environ) == before
-    texts = [(await generate(member, 5)).outputs[0].text for member in members]
+    texts = [(await generate(supervisor, 5)).outputs[0].text for supervisor in supervisors]
     assert len(set(texts)) == 1
 
 
 async def test_a_launch_does_not_wait_for_the_handshake_of_another(
-    make_member: Make, monkeypatch: pytest.MonkeyPatch
+    make_supervisor: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """vllm-omni's PR 2717: while launch 1 is in its handshake, launch 2 spawns; it once waited until 1 was ready."""
     from vllm.v1.engine import utils
@@ -101,48 +104,48 @@ async def test_a_launch_does_not_wait_for_the_handshake_of_another(
         return handshake(*args, **kwargs)
 
     monkeypatch.setattr(utils, "wait_for_engine_startup", held_up)
-    first = asyncio.create_task(asyncio.to_thread(make_member().start))
+    first = asyncio.create_task(asyncio.to_thread(make_supervisor().start))
     assert await asyncio.to_thread(in_handshake.wait, 60)
 
-    second = make_member(lambda phase: phase is Phase.READY and loop.call_soon_threadsafe(second_spawned.set))
+    second = make_supervisor(lambda phase: phase is Phase.READY and loop.call_soon_threadsafe(second_spawned.set))
     await asyncio.wait_for(asyncio.to_thread(second.start), 60)  # it needs the lock, and gets it
     assert not first.done()
     go_on.set()
     await asyncio.wait_for(first, 60)
 
 
-async def test_a_launch_whose_device_is_held_says_by_whom(make_member: Make, tmp_path: Path) -> None:
+async def test_a_launch_whose_device_is_held_says_by_whom(make_supervisor: Make, tmp_path: Path) -> None:
     held = DeviceLocks(["test-device"], "another")
     held.acquire(1, threading.Event())
-    member = make_member(device_locks="test-device", load_timeout=1.5)
+    supervisor = make_supervisor(device_locks="test-device", load_timeout=1.5)
     with (
         held,
         pytest.raises(EngineStartTimeoutError, match=rf"test-device, held by another \(pid {os.getpid()}, since"),
     ):
-        await asyncio.to_thread(member.start)
-    await asyncio.to_thread(make_member(device_locks="test-device").start)  # it was let go
+        await asyncio.to_thread(supervisor.start)
+    await asyncio.to_thread(make_supervisor(device_locks="test-device").start)  # it was let go
 
 
-async def test_a_killed_engine_leaves_no_file_behind(make_member: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_killed_engine_leaves_no_file_behind(make_supervisor: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if (os.cpu_count() or 1) > 1 else "0|0")
     before = files()
-    member = make_member(tensor_parallel_size=2)
-    await asyncio.to_thread(member.start)
+    supervisor = make_supervisor(tensor_parallel_size=2)
+    await asyncio.to_thread(supervisor.start)
     assert [path for path in files() - before if "cpushm" in path]  # the names that ranks on a CPU make
-    for process in member.processes():
+    for process in supervisor.processes():
         os.kill(process["pid"], signal.SIGKILL)
-    await asyncio.wait_for(until_dead(member), NOTICED)
-    await asyncio.to_thread(member.stop, 5)
+    await asyncio.wait_for(until_dead(supervisor), NOTICED)
+    await asyncio.to_thread(supervisor.stop, 5)
     assert files() - before == set()
 
 
-async def test_a_spawned_engine_answers_as_one_of_the_zygote(make_member: Make) -> None:
-    spawned, forked = make_member(method="spawn"), make_member()
+async def test_a_spawned_engine_answers_as_one_of_the_zygote(make_supervisor: Make) -> None:
+    spawned, forked = make_supervisor(method="spawn"), make_supervisor()
     await asyncio.gather(asyncio.to_thread(spawned.start), asyncio.to_thread(forked.start))
     parents = [psutil.Process(process["pid"]).ppid() for process in forked.processes()]
     assert set(parents) == {preload.zygote_pid()}
     assert psutil.Process(spawned.processes()[0]["pid"]).ppid() == os.getpid()
-    texts = [(await generate(member, 50)).outputs[0].text for member in (spawned, forked)]
+    texts = [(await generate(supervisor, 50)).outputs[0].text for supervisor in (spawned, forked)]
     assert texts[0] == texts[1]
 
 
@@ -153,20 +156,20 @@ def files() -> set[str]:
 
 
 async def test_a_stop_while_it_starts_ends_the_start_and_leaves_nothing(
-    make_member: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_supervisor: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))  # so that the architecture is inspected anew, in a child
     started = asyncio.Event()
     loop = asyncio.get_running_loop()
-    member = make_member(
+    supervisor = make_supervisor(
         lambda phase: phase is Phase.PROCESSES and loop.call_soon_threadsafe(started.set), method="spawn"
     )
-    start = asyncio.create_task(asyncio.to_thread(member.start))
+    start = asyncio.create_task(asyncio.to_thread(supervisor.start))
     await asyncio.wait_for(started.wait(), 120)
-    (engine_core,) = member.processes()
-    member_stop = asyncio.create_task(asyncio.to_thread(member.stop, 5))
+    (engine_core,) = supervisor.processes()
+    member_stop = asyncio.create_task(asyncio.to_thread(supervisor.stop, 5))
     with pytest.raises(EngineStoppedError, match="stopped while it was starting"):
         await asyncio.wait_for(start, 30)
     await asyncio.wait_for(member_stop, 30)
     assert not psutil.pid_exists(engine_core["pid"])
-    await asyncio.to_thread(member.stop, 5)  # again, from a state in which nothing is left to do
+    await asyncio.to_thread(supervisor.stop, 5)  # again, from a state in which nothing is left to do

@@ -19,7 +19,7 @@ from . import engine_log
 SUB_POOL = "start_sub_pool"
 
 
-def departing(model: Any, method: str, path: str) -> tuple[Any, ...]:
+def reduce_model(model: Any, method: str, path: str) -> tuple[Any, ...]:
     """What ``__reduce__`` of ``model`` is to return.
 
     Args:
@@ -29,10 +29,10 @@ def departing(model: Any, method: str, path: str) -> tuple[Any, ...]:
     """
     cls = type(model)
     # Nested, so that nothing of it is unpickled, and imported, before the zygote is started.
-    return _arrive, (method, path, cls.__module__, cls.__qualname__, pickle.dumps(vars(model)))
+    return _rebuild_model, (method, path, cls.__module__, cls.__qualname__, pickle.dumps(vars(model)))
 
 
-def _arrive(method: str, path: str, module: str, name: str, state: bytes) -> Any:
+def _rebuild_model(method: str, path: str, module: str, name: str, state: bytes) -> Any:
     in_model_process = SUB_POOL in sys.argv
     if in_model_process:
         engine_log.include_our_loggers()

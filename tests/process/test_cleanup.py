@@ -29,49 +29,49 @@ from process_helpers import (
 )
 from process_targets import Holder
 
-from xinf_vllm_backend.process import leftovers as leftovers_module
-from xinf_vllm_backend.process.bootstrap import Family
+from xinf_vllm_backend.process import cleanup as cleanup_module
+from xinf_vllm_backend.process.bootstrap import InheritedHandles
+from xinf_vllm_backend.process.cleanup import LONGEST_BASE, Cleanup
 from xinf_vllm_backend.process.context import EngineContext
-from xinf_vllm_backend.process.leftovers import LONGEST_BASE, Leftovers
 from xinf_vllm_backend.process.output import OutputTail
 
 
 @pytest.fixture
-def leftovers() -> Iterator[Leftovers]:
-    leftovers = Leftovers()
-    yield leftovers
-    leftovers.remove(TIMEOUT)
+def cleanup() -> Iterator[Cleanup]:
+    cleanup = Cleanup()
+    yield cleanup
+    cleanup.remove(TIMEOUT)
 
 
-def left(leftovers: Leftovers) -> list[str]:
+def left(cleanup: Cleanup) -> list[str]:
     """What bears the mark."""
-    return targets.marked(leftovers.mark) + [str(path) for path in leftovers.directory.parent.glob(leftovers.mark)]
+    return targets.marked(cleanup.mark) + [str(path) for path in cleanup.directory.parent.glob(cleanup.mark)]
 
 
 class TestWhatBearsTheMark:
     @pytest.mark.parametrize("forked", [False, True], ids=["spawned", "forked"])
-    def test_is_a_segment_and_a_lock_of_a_process(self, leftovers: Leftovers, forked: bool) -> None:
+    def test_is_a_segment_and_a_lock_of_a_process(self, cleanup: Cleanup, forked: bool) -> None:
         zygote = targets.make_zygote() if forked else None
-        holder = Holder(leftovers, zygote and zygote.client)
+        holder = Holder(cleanup, zygote and zygote.client)
         lock, segment = holder.names
-        assert re.fullmatch(rf"sem\.{leftovers.mark}-\w+", lock)
-        assert re.fullmatch(rf"{leftovers.mark}-\w+", segment)
+        assert re.fullmatch(rf"sem\.{cleanup.mark}-\w+", lock)
+        assert re.fullmatch(rf"{cleanup.mark}-\w+", segment)
         holder.kill()
         if zygote is not None:
             zygote.stop()
 
-    def test_is_also_what_its_children_make(self, leftovers: Leftovers) -> None:
-        family = Family(mark=leftovers.mark, alive=leftovers.alive)
-        context = EngineContext({}, targets.own_children_are_bound_too, tail=OutputTail(), family=family)
+    def test_is_also_what_its_children_make(self, cleanup: Cleanup) -> None:
+        handles = InheritedHandles(mark=cleanup.mark, alive=cleanup.alive)
+        context = EngineContext({}, targets.own_children_are_bound_too, tail=OutputTail(), handles=handles)
         end, far = Pipe()
-        process = started(context, targets.tell_of_a_child, far, targets.hold, leftovers.mark)
+        process = started(context, targets.tell_of_a_child, far, targets.hold, cleanup.mark)
         assert len(receive(end)) == 2
         end.close()
         assert exit_code(process) == 0
         all_output_is_read()
 
     def test_is_not_what_others_make(self) -> None:
-        first, second = Leftovers(), Leftovers()
+        first, second = Cleanup(), Cleanup()
         assert first.mark != second.mark
         assert first.directory != second.directory
         holder = Holder(second)
@@ -84,9 +84,9 @@ class TestWhatBearsTheMark:
 
 
 class TestTheDirectory:
-    def test_is_where_files_of_this_system_are_and_is_nobody_elses(self, leftovers: Leftovers) -> None:
-        assert leftovers.directory.parent == Path(tempfile.gettempdir())
-        assert stat.S_IMODE(leftovers.directory.stat().st_mode) == 0o700
+    def test_is_where_files_of_this_system_are_and_is_nobody_elses(self, cleanup: Cleanup) -> None:
+        assert cleanup.directory.parent == Path(tempfile.gettempdir())
+        assert stat.S_IMODE(cleanup.directory.stat().st_mode) == 0o700
 
     @pytest.mark.parametrize(("length", "is_used"), [(LONGEST_BASE, True), (LONGEST_BASE + 1, False)])
     def test_can_hold_a_socket_also_where_the_place_for_files_has_a_long_name(
@@ -96,38 +96,38 @@ class TestTheDirectory:
             base = Path(parent) / ("x" * (length - len(parent) - 1))
             base.mkdir()
             monkeypatch.setattr(tempfile, "tempdir", str(base))
-            leftovers = Leftovers()
-            assert leftovers.directory.parent == (base if is_used else Path("/tmp"))
+            cleanup = Cleanup()
+            assert cleanup.directory.parent == (base if is_used else Path("/tmp"))
             with socket.socket(socket.AF_UNIX) as server:
-                server.bind(str(leftovers.directory / str(uuid.uuid4())))
-            leftovers.remove(TIMEOUT)
-            assert left(leftovers) == []
+                server.bind(str(cleanup.directory / str(uuid.uuid4())))
+            cleanup.remove(TIMEOUT)
+            assert left(cleanup) == []
 
     def test_is_where_it_was_asked_for(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(leftovers_module, "LONGEST_BASE", len(str(tmp_path)))
+        monkeypatch.setattr(cleanup_module, "LONGEST_BASE", len(str(tmp_path)))
         base = tmp_path / "it's a $(name) *"
         base.mkdir()
-        monkeypatch.setattr(leftovers_module, "LONGEST_BASE", len(str(base)))
-        leftovers = Leftovers(str(base))
-        assert list(base.iterdir()) == [leftovers.directory]
-        leftovers.remove(TIMEOUT)
+        monkeypatch.setattr(cleanup_module, "LONGEST_BASE", len(str(base)))
+        cleanup = Cleanup(str(base))
+        assert list(base.iterdir()) == [cleanup.directory]
+        cleanup.remove(TIMEOUT)
         assert list(base.iterdir()) == []
         assert base.exists()
 
 
 class TestAllIsGone:
-    def test_when_the_last_process_was_killed_and_we_let_go(self, leftovers: Leftovers) -> None:
-        holder = Holder(leftovers)
+    def test_when_the_last_process_was_killed_and_we_let_go(self, cleanup: Cleanup) -> None:
+        holder = Holder(cleanup)
         with socket.socket(socket.AF_UNIX) as server:
-            server.bind(str(leftovers.directory / "socket"))
+            server.bind(str(cleanup.directory / "socket"))
         holder.kill()
-        assert set(left(leftovers)) == {*holder.names, str(leftovers.directory)}  # else nothing is left anyhow
-        leftovers.remove(TIMEOUT)
-        assert left(leftovers) == []
+        assert set(left(cleanup)) == {*holder.names, str(cleanup.directory)}  # else nothing is left anyhow
+        cleanup.remove(TIMEOUT)
+        assert left(cleanup) == []
 
     def test_when_all_were_killed_and_nobody_is_left_to_let_go(self) -> None:
         end, far = Pipe()
-        owner = plain.Process(target=targets.own_leftovers, args=(far,))
+        owner = plain.Process(target=targets.own_cleanup, args=(far,))
         owner.start()
         far.close()
         mark, directory, names = receive(end)
@@ -138,38 +138,38 @@ class TestAllIsGone:
         assert becomes(lambda: not targets.marked(mark) and not directory.exists())
         end.close()
 
-    def test_but_not_while_one_process_lives(self, leftovers: Leftovers) -> None:
-        first, second = Holder(leftovers), Holder(leftovers)
+    def test_but_not_while_one_process_lives(self, cleanup: Cleanup) -> None:
+        first, second = Holder(cleanup), Holder(cleanup)
         first.kill()
-        leftovers.remove(0.1)
-        assert set(left(leftovers)) == {*first.names, *second.names, str(leftovers.directory)}
+        cleanup.remove(0.1)
+        assert set(left(cleanup)) == {*first.names, *second.names, str(cleanup.directory)}
         assert answers(second.end)
         second.kill()
-        leftovers.remove(TIMEOUT)
-        assert left(leftovers) == []
+        cleanup.remove(TIMEOUT)
+        assert left(cleanup) == []
 
-    def test_however_often_it_is_removed(self, leftovers: Leftovers) -> None:
+    def test_however_often_it_is_removed(self, cleanup: Cleanup) -> None:
         for _ in range(3):
-            leftovers.remove(TIMEOUT)
-            assert left(leftovers) == []
+            cleanup.remove(TIMEOUT)
+            assert left(cleanup) == []
 
-    def test_where_others_have_removed_some_of_it(self, leftovers: Leftovers) -> None:
-        holder = Holder(leftovers)
+    def test_where_others_have_removed_some_of_it(self, cleanup: Cleanup) -> None:
+        holder = Holder(cleanup)
         holder.kill()
         for name in holder.names:
             Path("/dev/shm", name).unlink()
-        leftovers.directory.rmdir()
-        leftovers.remove(TIMEOUT)
-        assert left(leftovers) == []
+        cleanup.directory.rmdir()
+        cleanup.remove(TIMEOUT)
+        assert left(cleanup) == []
 
     def test_and_no_file_stays_open(self) -> None:
         files = open_files()
-        Leftovers().remove(TIMEOUT)
+        Cleanup().remove(TIMEOUT)
         assert open_files() == files
 
     def test_and_nobody_is_missed_by_multiprocessings_own_tracker(self) -> None:
         # It speaks on stderr when its last process ends.
-        owner = run_alone("kill_a_holder_of_leftovers()")
+        owner = run_alone("kill_a_holder_of_cleanup()")
         assert (owner.returncode, owner.stdout, owner.stderr) == (0, "", "")
 
 
@@ -177,13 +177,13 @@ class TestWhereNobodyCanRemoveIt:
     def test_it_is_said_once_and_nothing_is_marked(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
     ) -> None:
-        monkeypatch.setattr(leftovers_module.subprocess, "Popen", _no_shell)
-        leftovers = Leftovers(str(tmp_path))
-        assert leftovers.mark == ""
+        monkeypatch.setattr(cleanup_module.subprocess, "Popen", _no_shell)
+        cleanup = Cleanup(str(tmp_path))
+        assert cleanup.mark == ""
         (line,) = caplog.messages
-        assert line.startswith(f"Files of killed engines will stay in {leftovers.directory} and /dev/shm: ")
-        leftovers.remove(TIMEOUT)
-        leftovers.directory.rmdir()
+        assert line.startswith(f"Files of killed engines will stay in {cleanup.directory} and /dev/shm: ")
+        cleanup.remove(TIMEOUT)
+        cleanup.directory.rmdir()
 
 
 def _no_shell(*args: Any, **kwargs: Any) -> Any:

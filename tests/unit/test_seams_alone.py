@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from xinf_vllm_backend.engine import vllm_seams
-from xinf_vllm_backend.engine.vllm_seams import CONTEXT, INSPECTION, Seam
+from xinf_vllm_backend.engine.seams import SEAMS, Seam, child, start, version
+from xinf_vllm_backend.engine.seams.start import CONTEXT, INSPECTION
 from xinf_vllm_backend.errors import UnsupportedVersionError
 from xinf_vllm_backend.process.context import EngineContext
 
@@ -37,7 +37,7 @@ def put(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture(autouse=True)
 def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_seams, "_of_this_process", None)
+    monkeypatch.setattr(start, "_of_this_process", None)
     monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
 
 
@@ -91,17 +91,17 @@ class TestASeam:
         assert calls == ["weights"]
 
     def test_says_what_it_is_for_and_what_is_lost_without_it(self) -> None:
-        assert all(seam.used_for and seam.without for seam in vllm_seams.SEAMS)
+        assert all(seam.used_for and seam.without for seam in SEAMS)
 
 
 class TestTheContextOfEngineChildren:
     def test_is_ours_on_the_thread_that_starts_an_engine_whatever_vllm_asks_for(self, system_utils: Any) -> None:
         context = EngineContext({})
-        with vllm_seams.starts_from(context):
+        with start.starts_from(context):
             assert system_utils.get_mp_context() is context
 
     def test_is_multiprocessings_own_before_and_after(self, system_utils: Any) -> None:
-        with vllm_seams.starts_from(EngineContext({})):
+        with start.starts_from(EngineContext({})):
             pass
         assert system_utils.get_mp_context() is multiprocessing.get_context("fork")
 
@@ -110,13 +110,13 @@ class TestTheContextOfEngineChildren:
         contexts = {name: EngineContext({}) for name in ("first", "second")}
         both_are_in = threading.Barrier(2, timeout=TIMEOUT)
 
-        def start(name: str) -> None:
-            with vllm_seams.starts_from(contexts[name]):
+        def begin(name: str) -> None:
+            with start.starts_from(contexts[name]):
                 both_are_in.wait()
                 seen[name] = system_utils.get_mp_context()
                 both_are_in.wait()
 
-        threads = [threading.Thread(target=start, args=(name,), daemon=True) for name in contexts]
+        threads = [threading.Thread(target=begin, args=(name,), daemon=True) for name in contexts]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -124,18 +124,18 @@ class TestTheContextOfEngineChildren:
         assert seen == contexts
 
     def test_is_given_back_when_the_start_fails(self, system_utils: Any) -> None:
-        with pytest.raises(ValueError, match="no room"), vllm_seams.starts_from(EngineContext({})):
+        with pytest.raises(ValueError, match="no room"), start.starts_from(EngineContext({})):
             raise ValueError("no room")
         assert not isinstance(system_utils.get_mp_context(), EngineContext)
 
     def test_leaves_the_rest_of_multiprocessing_to_vllm(self, system_utils: Any) -> None:
-        with vllm_seams.starts_from(EngineContext({})):
+        with start.starts_from(EngineContext({})):
             assert system_utils.multiprocessing.current_process is multiprocessing.current_process
             assert system_utils.multiprocessing.connection is multiprocessing.connection
 
     def test_is_at_least_spawn_where_the_seam_is_gone(self) -> None:
         assert not CONTEXT.present()
-        with vllm_seams.starts_from(EngineContext({})):
+        with start.starts_from(EngineContext({})):
             assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
 
     @pytest.mark.parametrize("before", [None, "fork"])
@@ -144,27 +144,27 @@ class TestTheContextOfEngineChildren:
     ) -> None:
         if before is not None:
             monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", before)
-        with vllm_seams.starts_from(EngineContext({})):
+        with start.starts_from(EngineContext({})):
             assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
         assert os.environ.get("VLLM_WORKER_MULTIPROC_METHOD") == before
 
     def test_spawns_as_doctor_finds(self, system_utils: Any) -> None:
-        assert vllm_seams.start_method() == "spawn"
+        assert start.start_method() == "spawn"
 
     def test_is_unknown_to_doctor_without_vllm(self) -> None:
-        assert vllm_seams.start_method() is None
+        assert start.start_method() is None
 
 
 class TestAnEngineChild:
     def test_starts_its_own_children_from_a_context_like_its_own_on_every_thread(self, system_utils: Any) -> None:
-        vllm_seams.prepare_child()
+        child.prepare_child()
         seen: list[Any] = []
         thread = threading.Thread(target=lambda: seen.append(system_utils.get_mp_context()), daemon=True)
         thread.start()
         thread.join(TIMEOUT)
         (context,) = seen
         assert isinstance(context, EngineContext)
-        assert context.initializer is vllm_seams.prepare_child
+        assert context.initializer is child.prepare_child
         assert context.environment == {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
 
     def test_reports_each_phase_when_it_begins_and_not_again_when_prepared_twice(
@@ -178,64 +178,64 @@ class TestAnEngineChild:
                 return sum(kwargs)
 
         put("vllm.v1.worker.worker_base", WorkerWrapperBase=WorkerWrapperBase)
-        monkeypatch.setattr(vllm_seams.bootstrap, "report", events.append)
-        vllm_seams.prepare_child()
-        vllm_seams.prepare_child()
+        monkeypatch.setattr(child.bootstrap, "report", events.append)
+        child.prepare_child()
+        child.prepare_child()
         assert WorkerWrapperBase().init_worker([1, 2]) == 3
         assert events == ["weights", "init_worker"]
 
     def test_works_also_where_every_seam_is_gone(self) -> None:
-        assert not any(seam.present() for seam in vllm_seams.SEAMS)
-        vllm_seams.prepare_child()
+        assert not any(seam.present() for seam in SEAMS)
+        child.prepare_child()
 
 
 class TestTheInspectionOfANewArchitecture:
     def test_is_vllms_own_where_no_engine_is_being_started(self, put: Any, system_utils: Any) -> None:
         registry = put("vllm.model_executor.models.registry", _run_in_subprocess=lambda fn: ("vllm", fn()))
-        with vllm_seams.starts_from(EngineContext({})):
+        with start.starts_from(EngineContext({})):
             pass
         assert INSPECTION.present()
         assert registry._run_in_subprocess(lambda: 1) == ("vllm", 1)
 
 
 class TestTheVersionOfVLLM:
-    @pytest.mark.parametrize("version", ["0.27.1", "0.27.1+cpu", "0.32.0", "0.33.1", "0.33.0+cu130", "0.28.1rc1"])
-    def test_in_the_range_is_accepted(self, version: str, put: Any) -> None:
-        put("vllm", __version__=version)
-        vllm_seams.check_version()
-        assert vllm_seams.version() == version
+    @pytest.mark.parametrize("installed", ["0.27.1", "0.27.1+cpu", "0.32.0", "0.33.1", "0.33.0+cu130", "0.28.1rc1"])
+    def test_in_the_range_is_accepted(self, installed: str, put: Any) -> None:
+        put("vllm", __version__=installed)
+        version.check_version()
+        assert version.version() == installed
 
-    @pytest.mark.parametrize("version", ["0.26.0", "0.27.0", "0.34.0", "1.0.0"])
-    def test_outside_is_refused_with_the_range(self, version: str, put: Any) -> None:
-        put("vllm", __version__=version)
+    @pytest.mark.parametrize("installed", ["0.26.0", "0.27.0", "0.34.0", "1.0.0"])
+    def test_outside_is_refused_with_the_range(self, installed: str, put: Any) -> None:
+        put("vllm", __version__=installed)
         with pytest.raises(UnsupportedVersionError) as caught:
-            vllm_seams.check_version()
+            version.check_version()
         (sentence,) = caught.value.args
-        assert f"vLLM {version}" in sentence
-        assert str(vllm_seams.SUPPORTED) in sentence
+        assert f"vLLM {installed}" in sentence
+        assert str(version.SUPPORTED) in sentence
 
     def test_that_is_not_installed_is_refused_with_what_to_install(self) -> None:
-        assert vllm_seams.version() is None
+        assert version.version() is None
         with pytest.raises(UnsupportedVersionError, match="pip install"):
-            vllm_seams.check_version()
+            version.check_version()
 
     def test_that_is_no_version_is_refused_as_unsupported(self, put: Any) -> None:
         put("vllm", __version__="dev")
         with pytest.raises(UnsupportedVersionError, match="dev"):
-            vllm_seams.check_version()
+            version.check_version()
 
 
 class TestWhoMakesTheEngine:
     def test_is_our_factory_meanwhile_and_vllm_afterwards(self, put: Any) -> None:
         original = SimpleNamespace(from_engine_args=lambda args: "vllm's")
         module = put("vllm.engine.async_llm_engine", AsyncLLMEngine=original)
-        with vllm_seams.engine_made_by(lambda args: f"ours of {args}"):
+        with start.engine_made_by(lambda args: f"ours of {args}"):
             assert module.AsyncLLMEngine.from_engine_args("tiny") == "ours of tiny"
         assert module.AsyncLLMEngine is original
 
     def test_is_vllm_again_also_when_loading_fails(self, put: Any) -> None:
         original = SimpleNamespace()
         module = put("vllm.engine.async_llm_engine", AsyncLLMEngine=original)
-        with pytest.raises(ValueError, match="no room"), vllm_seams.engine_made_by(lambda args: None):
+        with pytest.raises(ValueError, match="no room"), start.engine_made_by(lambda args: None):
             raise ValueError("no room")
         assert module.AsyncLLMEngine is original

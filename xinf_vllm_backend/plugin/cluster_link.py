@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable
 from typing import Any
 
-from ..engine.member import Phase
+from ..engine.phase import Phase
 
 # Under "xinference", or Xinference's own handlers drop it.
 logger = logging.getLogger("xinference.vllm_backend")
@@ -22,7 +22,7 @@ METRICS = {
     INEXACT: "Requests that went on after the death of their engine, but not exactly as they would have.",
 }
 # Xinference's own stages end at 0.82; the phases share the rest. Where each one begins:
-PROGRESS = {
+PHASE_PROGRESS = {
     Phase.ENVIRONMENT: 0.82,
     Phase.CONFIGURATION: 0.84,
     Phase.PROCESSES: 0.88,
@@ -54,7 +54,7 @@ class ClusterLink:
         from xinference.core.progress_tracker import ProgressTrackerActor
 
         details = {"stage": "loading", "phase": phase.value, "updated_at": time.time()}
-        progress = (f"launching-{self._replica_uid}", PROGRESS[phase], phase.value, details)
+        progress = (f"launching-{self._replica_uid}", PHASE_PROGRESS[phase], phase.value, details)
         async with self._in_order:
             await self._tell("progress", self._supervised(ProgressTrackerActor, "set_progress", *progress))
 

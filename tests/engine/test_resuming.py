@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from xinf_vllm_backend.engine import resume
+from xinf_vllm_backend.engine.seams import resuming
 from xinf_vllm_backend.errors import CannotResumeError
 
 pytestmark = pytest.mark.engine
@@ -33,7 +33,7 @@ def request(mm_features: Any = None, **params: Any) -> Any:
 
 def test_the_prompt_grows_by_what_was_given_and_the_rest_shrinks() -> None:
     asked = request(min_tokens=3, prompt_logprobs=2, logprobs=1, stop=["x"])
-    goes_on = resume.continuation(asked, [4, 5], True)
+    goes_on = resuming.continuation(asked, [4, 5], True)
     assert goes_on.prompt_token_ids == [1, 2, 3, 4, 5]
     params = goes_on.sampling_params
     assert (params.max_tokens, params.min_tokens, params.prompt_logprobs, params.logprobs) == (8, 1, None, 1)
@@ -44,17 +44,17 @@ def test_the_prompt_grows_by_what_was_given_and_the_rest_shrinks() -> None:
 
 def test_what_was_given_nothing_begins_again_as_it_was_asked() -> None:
     asked = request(seed=1, frequency_penalty=1.0)
-    assert resume.continuation(asked, [], True) is asked
-    assert resume.inexact(asked, []) is None
+    assert resuming.continuation(asked, [], True) is asked
+    assert resuming.inexact(asked, []) is None
 
 
 def test_a_grammar_is_told_how_far_it_came() -> None:
     from vllm.sampling_params import StructuredOutputsParams
 
     asked = request(structured_outputs=StructuredOutputsParams(regex="a+"), extra_args={"other": 1})
-    assert resume.continuation(asked, [4, 5], True).sampling_params.extra_args == {"other": 1, resume.GIVEN: 2}
+    assert resuming.continuation(asked, [4, 5], True).sampling_params.extra_args == {"other": 1, resuming.GIVEN: 2}
     with pytest.raises(CannotResumeError, match="structured output with this version of vLLM cannot go on"):
-        resume.continuation(asked, [4, 5], False)
+        resuming.continuation(asked, [4, 5], False)
 
 
 def test_what_only_the_dead_engine_had_cannot_be_sent_again() -> None:
@@ -62,18 +62,18 @@ def test_what_only_the_dead_engine_had_cannot_be_sent_again() -> None:
 
     asked = request(mm_features=[SimpleNamespace(data=None)])
     with pytest.raises(CannotResumeError, match="request a, and multimodal input of which only the engine had a copy"):
-        resume.continuation(asked, [], True)
+        resuming.continuation(asked, [], True)
 
 
 def test_what_cannot_be_continued_says_so() -> None:
     asked = request()
     asked.prompt_embeds = True
-    assert resume.continuation(asked, [], True) is asked
+    assert resuming.continuation(asked, [], True) is asked
     with pytest.raises(CannotResumeError, match="a prompt of embeddings cannot go on with another; send it again"):
-        resume.continuation(asked, [4], True)
+        resuming.continuation(asked, [4], True)
     asked.resumable = True
     with pytest.raises(CannotResumeError, match="a prompt that is still being streamed cannot go on"):
-        resume.continuation(asked, [], True)
+        resuming.continuation(asked, [], True)
 
 
 @pytest.mark.parametrize(
@@ -89,5 +89,5 @@ def test_what_cannot_be_continued_says_so() -> None:
     ],
 )
 def test_what_is_not_exact_is_known(params: dict[str, Any], why: str | None) -> None:
-    found = resume.inexact(request(**params), [4])
+    found = resuming.inexact(request(**params), [4])
     assert found is None if why is None else why in str(found)

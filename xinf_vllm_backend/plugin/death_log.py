@@ -27,7 +27,7 @@ def record(replica_uid: str, reason: str) -> None:
         file.write(json.dumps({"time": time.time(), "reason": reason}) + "\n")
 
 
-def of(replica_uid: str) -> list[dict[str, Any]]:
+def read(replica_uid: str) -> list[dict[str, Any]]:
     """The deaths since the replica was launched, oldest first: ``time`` in seconds since the epoch, ``reason``."""
     found = []
     with contextlib.suppress(FileNotFoundError):

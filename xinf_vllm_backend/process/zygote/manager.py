@@ -1,0 +1,154 @@
+"""Starts the zygote of this process, watches it, replaces it when it dies, and ends it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing import Pipe, util
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+
+from .. import popen
+from .client import ZygoteClient, ZygoteUnavailableError, frozen
+from .server import serve
+
+logger = logging.getLogger(__name__)
+
+
+STOP_TIMEOUT = 5.0  # seconds
+SOON = 10.0  # seconds after which a zygote counts as one that works
+MOST_DEATHS = 3  # in a row of such as did not work
+
+
+class Zygote:
+    """The zygote of this process: made, watched, replaced when it dies, and ended.
+
+    Args:
+        environment: its environment, and so what its children cannot get changed any more (see :func:`frozen`).
+        preload: importable function that imports what the children need.
+        hazard: importable function that says why a fork would not be clean, or None.
+    """
+
+    def __init__(
+        self, environment: Mapping[str, str], preload: Callable[[], None], hazard: Callable[[], str | None]
+    ) -> None:
+        # OpenBLAS, of NumPy and of SciPy, starts its threads when it is loaded.
+        self._environment = {**environment, "OPENBLAS_NUM_THREADS": "1"}
+        self._preload = preload
+        self._hazard = hazard
+        self._lock = threading.Lock()
+        self._process: _ZygoteProcess | None = None
+        self._client: ZygoteClient | None = None
+        self._why_not: str | None = "it was not started"  # None: ask the client
+        self._stopped = False
+        self._at_exit: util.Finalize | None = None
+        self._watcher: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Start it; it answers once it has imported all.
+
+        Raises:
+            OSError: there can be none.
+        """
+        ready = self._make(None)
+        # Or its end, which comes with ours, would be taken for an accident.
+        self._at_exit = util.Finalize(None, self.stop, exitpriority=0)
+        self._watcher = threading.Thread(target=self._watch, args=(ready,), name="zygote-watch", daemon=True)
+        self._watcher.start()
+
+    def client(self) -> ZygoteClient:
+        """What to ask for children.
+
+        Raises:
+            ZygoteUnavailableError: there is none now.
+        """
+        with self._lock:
+            if self._client is None or self._why_not is not None:
+                raise ZygoteUnavailableError(self._why_not)
+            return self._client
+
+    @property
+    def pid(self) -> int | None:
+        process = self._process
+        return None if process is None else process.pid
+
+    def stop(self) -> None:
+        """End it, within 5 s; its children live on."""
+        if self._at_exit is not None:
+            self._at_exit.cancel()
+        with self._lock:
+            self._stopped = True
+            process = self._process
+            self._withdraw("it was stopped")
+        if process is not None:
+            process.kill()
+            process.join(STOP_TIMEOUT)
+        if self._watcher is not None:
+            self._watcher.join(STOP_TIMEOUT)
+
+    def _make(self, why_not: str | None) -> Connection | None:
+        ready, greeting = Pipe(duplex=False)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        process = _ZygoteProcess(self._environment, theirs, greeting, self._preload, self._hazard)
+        with self._lock, theirs, greeting:
+            if self._stopped:
+                ours.close()
+                ready.close()
+                return None
+            self._client = ZygoteClient(ours, frozen(self._environment))
+            self._why_not = why_not
+            process.start()
+            self._process = process
+        return ready
+
+    def _watch(self, ready: Connection | None) -> None:
+        early = 0
+        while ready is not None:
+            process = self._process
+            assert process is not None
+            made = time.monotonic()
+            is_ready = self._is_ready(ready)
+            process.join()
+            too_soon = not is_ready or time.monotonic() - made < SOON
+            early = early + 1 if too_soon else 0
+            with self._lock:
+                if self._stopped:
+                    return
+                self._withdraw("it has ended")
+            logger.warning("The zygote (pid %s) ended with %s", process.pid, process.exitcode)
+            if early >= MOST_DEATHS:
+                logger.warning("No further zygote is made: the last %d ended too early", early)
+                return
+            try:
+                ready = self._make("it is being replaced")
+            except OSError as error:
+                logger.warning("No further zygote can be made: %s", error)
+                return
+
+    def _is_ready(self, ready: Connection) -> bool:
+        with ready, contextlib.suppress(EOFError, OSError):
+            ready.recv_bytes()
+            with self._lock:
+                if not self._stopped:
+                    self._why_not = None
+            return True
+        return False
+
+    def _withdraw(self, why: str) -> None:
+        client, self._client, self._why_not = self._client, None, why
+        if client is not None:
+            client.requests.close()
+
+
+class _ZygoteProcess(SpawnProcess):
+    def __init__(self, environment: Mapping[str, str], *args: object) -> None:
+        # A daemon, or multiprocessing would wait for it when this process ends, and it for that.
+        super().__init__(target=serve, args=(*args, popen.Alive()), name="Zygote", daemon=True)
+        self._environment = environment
+
+    def _Popen(self, process: SpawnProcess) -> popen.SpawnPopen:  # type: ignore[override]  # noqa: N802
+        return popen.SpawnPopen(process, self.__dict__.pop("_environment"))
