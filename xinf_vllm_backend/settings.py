@@ -34,6 +34,18 @@ class Settings(BaseModel):
     hang_timeout: float = Field(
         30.0, gt=0, description="time in seconds without any sign of life or of work after which an engine is killed"
     )
+    busy_factor: float = Field(
+        0.0,
+        ge=0,
+        description="number of hang_timeouts after which an engine that computes but answers nothing is killed; "
+        "0: 10 on a CPU host, 3 on GPUs, where processes that wait look busy too",
+    )
+    call_timeout: float = Field(
+        600.0,
+        gt=0,
+        description="time in seconds, if more than hang_timeout, that an engine may be silent while it carries out a "
+        "call such as loading a LoRA or weights",
+    )
     recovery_timeout: float = Field(
         120.0, gt=0, description="time in seconds that a request waits for an engine that is being restarted"
     )

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from clock import Clock
 
-from xinf_vllm_backend.engine.health import WORK_LIMIT, HangClock, Workload
+from xinf_vllm_backend.engine.health import HangClock, Workload
 
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
+BUSY_FACTOR = 10
 
 
 @pytest.fixture
@@ -22,7 +17,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def hang(clock: Clock) -> HangClock:
-    return HangClock(10.0, 1.0, clock)
+    return HangClock(10.0, BUSY_FACTOR, 1.0, clock)
 
 
 def looks(hang: HangClock, clock: Clock, times: int, works: bool = False) -> list[bool]:
@@ -47,6 +42,17 @@ class TestSilence:
         assert not hang.look(False)
         assert not any(looks(hang, clock, 7))
 
+    def test_is_borne_for_longer_while_a_call_is_carried_out(self, hang: HangClock, clock: Clock) -> None:
+        for _ in range(29):
+            clock.now += 1.0
+            assert not hang.look(False, patience=30.0)
+        clock.now += 1.0
+        assert hang.look(False, patience=30.0)
+
+    def test_is_borne_for_no_less_than_the_time_out(self, hang: HangClock, clock: Clock) -> None:
+        clock.now += 1.0
+        assert not hang.look(False, patience=0.5)
+
 
 class TestWork:
     def test_is_no_silence(self, hang: HangClock, clock: Clock) -> None:
@@ -56,11 +62,11 @@ class TestWork:
         looks(hang, clock, 50, works=True)
         assert looks(hang, clock, 10) == [False] * 9 + [True]
 
-    def test_for_ever_is_an_endless_loop(self, hang: HangClock, clock: Clock) -> None:
-        seen = looks(hang, clock, 10 * WORK_LIMIT + 10, works=True)
-        assert seen.index(True) == 10 * WORK_LIMIT + 8  # looks up to the limit, and then ten of silence
+    def test_without_end_is_an_endless_loop(self, hang: HangClock, clock: Clock) -> None:
+        seen = looks(hang, clock, 10 * BUSY_FACTOR + 10, works=True)
+        assert seen.index(True) == 10 * BUSY_FACTOR + 8  # looks up to the limit, and then ten of silence
 
-    def test_is_counted_anew_after_a_sign_of_life(self, hang: HangClock, clock: Clock) -> None:
+    def test_starts_again_after_a_sign_of_life(self, hang: HangClock, clock: Clock) -> None:
         looks(hang, clock, 90, works=True)
         hang.heard()
         assert not any(looks(hang, clock, 90, works=True))

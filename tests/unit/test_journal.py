@@ -1,29 +1,19 @@
-"""What the journal knows of requests, and which of them it holds a death against."""
+"""What the journal knows of requests in flight, and what a death makes of them."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
+from clock import Clock
 
 from xinf_vllm_backend.engine.journal import PROGRESS_TOKENS, Entry, Journal
 
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
+Output = tuple[str, list[int], "str | None"]
 
 
-def request(name: str, of: str | None = None) -> Any:
-    return SimpleNamespace(request_id=name, external_req_id=of or name)
-
-
-def output(name: str, *tokens: int, finish_reason: Any = None) -> Any:
-    return SimpleNamespace(request_id=name, new_token_ids=list(tokens), finish_reason=finish_reason)
+def output(request_id: str, *tokens: int, finished: str | None = None) -> Output:
+    return request_id, list(tokens), finished
 
 
 @pytest.fixture
@@ -37,14 +27,10 @@ def journal(clock: Clock) -> Journal:
 
 
 def opened(journal: Journal, *names: str) -> list[Entry]:
-    entries = [journal.open(request(name)) for name in names]
+    entries = [journal.open(name, name, None) for name in names]
     for entry in entries:
         entry.sent()
     return entries
-
-
-def names(entries: Any) -> list[str]:
-    return [entry.id for entry in entries]
 
 
 class TestAnEntry:
@@ -56,11 +42,11 @@ class TestAnEntry:
 
     def test_is_gone_when_it_finishes_is_aborted_or_fails(self, journal: Journal) -> None:
         opened(journal, "a", "b")
-        journal.deliver([output("a", 1, finish_reason=0)])
+        journal.deliver([output("a", 1, finished="stop")])
         journal.close(["b", "never there"])
         assert len(journal) == 0
 
-    def test_that_is_gone_takes_no_more(self, journal: Journal) -> None:
+    def test_that_is_gone_takes_no_more_tokens(self, journal: Journal) -> None:
         (entry,) = opened(journal, "a")
         journal.close(["a"])
         journal.deliver([output("a", 1)])
@@ -68,62 +54,68 @@ class TestAnEntry:
 
 
 class TestADeath:
-    def test_makes_those_wait_that_were_worked_on(self, journal: Journal, clock: Clock) -> None:
-        opened(journal, "a", "b")
+    def test_makes_requests_wait_that_were_worked_on(self, journal: Journal, clock: Clock) -> None:
+        entries = opened(journal, "a", "b")
         assert journal.waiting() == []
         clock.now = 3.0
-        assert names(journal.lost()) == ["a", "b"]
-        journal.open(request("c"))
-        assert names(journal.waiting()) == ["a", "b", "c"]
+        assert journal.lost() == entries
+        journal.open("c", "c", None)
+        assert [entry.id for entry in journal.waiting()] == ["a", "b", "c"]
         clock.now = 10.0
-        journal.open(request("d"))
-        assert names(journal.waiting(longer_than=5.0)) == ["a", "b", "c"]
+        journal.open("d", "d", None)
+        assert [entry.id for entry in journal.waiting(longer_than=5.0)] == ["a", "b", "c"]
 
-    def test_is_not_held_against_those_that_were_not(self, journal: Journal) -> None:
-        journal.open(request("waits"))
-        assert journal.lost() == []
+    def test_is_not_held_against_requests_that_waited(self, journal: Journal) -> None:
+        entry = journal.open("waits", "waits", None)
+        assert journal.lost() == [] and entry.deaths == 0
 
-    def test_counts_for_those_that_got_no_further_since_the_last(self, journal: Journal) -> None:
+    def test_counts_for_requests_without_progress_since_the_last_one(self, journal: Journal) -> None:
         stuck, goes = opened(journal, "stuck", "goes")
         for _ in range(3):
             journal.deliver([output("goes", *range(PROGRESS_TOKENS)), output("stuck", *range(PROGRESS_TOKENS - 1))])
-            journal.lost()
+            assert journal.lost() == [stuck]
             stuck.sent()
             goes.sent()
         assert (stuck.deaths, goes.deaths) == (3, 1)
 
-    def test_is_suspected_of_the_only_one_that_got_no_further(self, journal: Journal) -> None:
-        stuck, goes = opened(journal, "stuck", "goes")
-        journal.lost()
-        assert not stuck.suspect and not goes.suspect  # it could have been either
-        goes.sent()
-        stuck.sent()
-        journal.deliver([output("goes", *range(PROGRESS_TOKENS))])
-        journal.lost()
-        assert stuck.suspect and not goes.suspect
 
-    def test_is_suspected_of_all_choices_of_one_request(self, journal: Journal) -> None:
-        children = [journal.open(request(name, of="parent")) for name in ("0_parent", "1_parent")]
-        for child in children:
-            child.sent()
+class TestAPromptThatIsStreamed:
+    PART, END = SimpleNamespace(resumable=True), SimpleNamespace(resumable=False)
+
+    def test_keeps_its_entry_between_two_parts(self, journal: Journal) -> None:
+        """Or a new engine would take the next part for a whole prompt: what came before would be lost in silence."""
+        entry = journal.open("a", "a", self.PART)
+        entry.sent()
+        journal.deliver([output("a", 1, finished="length")])
+        assert entry in journal and entry.further.is_set()
         journal.lost()
-        assert all(child.suspect for child in children)
+        assert journal.waiting() == [entry]
 
+    def test_ends_with_its_last_part(self, journal: Journal) -> None:
+        entry = journal.open("a", "a", self.PART)
+        assert journal.open("a", "a", self.PART) is entry
+        assert journal.open("a", "a", self.END) is entry
+        journal.deliver([output("a", 1, finished="length")])
+        assert entry in journal
+        journal.deliver([output("a", 2, finished="length")])
+        assert entry not in journal
 
-class Abort:
-    def __str__(self) -> str:
-        return "abort"
+    def test_ends_when_its_end_comes_after_all_parts_were_answered(self, journal: Journal) -> None:
+        entry = journal.open("a", "a", self.PART)
+        journal.deliver([output("a", 1, finished="length")])
+        journal.open("a", "a", self.END)
+        assert entry not in journal
 
 
 class TestAnEngineThatAborts:
     def test_its_requests_unasked_ends_none_of_them(self, journal: Journal) -> None:
         entry, other = opened(journal, "a", "b")
-        aborted = journal.deliver([output("a", 9, finish_reason=Abort()), output("b", 1)])
+        aborted = journal.deliver([output("a", 9, finished="abort"), output("b", 1)])
         assert aborted == {"a"} and entry in journal
         assert (entry.tokens, other.tokens) == ([], [1])
 
     def test_its_requests_because_it_was_told_to_ends_them(self, journal: Journal) -> None:
         (entry,) = opened(journal, "a")
         journal.aborts_wanted = True
-        assert journal.deliver([output("a", finish_reason=Abort())]) == set()
+        assert journal.deliver([output("a", finished="abort")]) == set()
         assert entry not in journal

@@ -1,4 +1,4 @@
-"""What AsyncLLM has in the place of its client of EngineCore: it outlives the EngineCore behind it.
+"""The client of EngineCore that AsyncLLM uses: it outlives the EngineCore behind it.
 
 AsyncLLM keeps all that it knows of its requests and never sees a death. When a new EngineCore is there, each request
 is sent to it behind the tokens that it was given (see :mod:`.seams.resuming`).
@@ -16,14 +16,24 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from ..errors import BackendError, CannotResumeError, EngineDiedError, EngineStaleError, RequestQuarantinedError
+from ..errors import (
+    BackendError,
+    CannotResumeError,
+    EngineDiedError,
+    EngineRestartingError,
+    EngineStaleError,
+    RequestQuarantinedError,
+)
 from ..settings import Settings
+from . import quarantine
+from .death import RequestInFlight
 from .journal import Entry, Journal
 from .seams import core_client, exceptions, resuming
 
 logger = logging.getLogger(__name__)
 
-TRIAL_MARGIN = 10.0  # seconds beyond hang_timeout in which a suspected request must have got further
+TRIAL_MARGIN = 10.0  # seconds beyond hang_timeout for which suspects are waited for before the next ones are sent
+TRIAL_SHARE = 0.5  # of recovery_timeout, after which suspects that were not tried yet are sent all together
 # Calls that only ask: one that was lost with its engine is made again.
 _QUESTION = re.compile(r"^(get_|is_|list_)")
 # Calls by which an engine is told to end its requests, and those after which it serves again.
@@ -48,6 +58,7 @@ class EngineClient:
         resources: where AsyncLLM looks for whether the engine is dead.
         on_dead: called when the EngineCore behind it turned out to be dead; None while nobody would restart it.
         changed_weights: name of a call by which the weights were changed since the engine's launch; "" for none.
+        calls: number of calls that the engine carries out now, other than requests.
     """
 
     def __init__(
@@ -67,13 +78,14 @@ class EngineClient:
         self.resources = SimpleNamespace(engine_dead=False)
         self.on_dead: Callable[[], None] | None = None
         self.changed_weights = ""
+        self.calls = 0
         self._stale: EngineStaleError | None = None  # why requests are refused for now
         self._refitting = False  # weights are coming, in several calls
-        self._core: Any = None  # the vLLM client that is served by now
-        self._last: Any = None  # the one that was last
-        self._ready = asyncio.Event()  # there is one, or there will be none any more
-        self._gone = asyncio.Event()  # the one there was is lost
-        self._error: BackendError | None = None  # why there will be none any more
+        self._core: Any = None  # the vLLM client of the engine that serves now
+        self._last: Any = None  # the latest one
+        self._ready = asyncio.Event()  # an engine serves, or none will any more
+        self._gone = asyncio.Event()  # the one that served is lost
+        self._error: BackendError | None = None  # why none will serve any more
         self._resending = False
         self._again: dict[tuple[str, Any], tuple[str, tuple[Any, ...]]] = {}  # calls that a new engine needs, too
 
@@ -90,7 +102,7 @@ class EngineClient:
         return self._last is not None
 
     def attach(self, core: Any) -> None:
-        """Be served by ``core``, a client that vLLM made, from now on."""
+        """Use the engine behind ``core``, a client that vLLM made, from now on."""
         self._core = self._last = core
         self._stale, self._refitting = None, False
         self.journal.aborts_wanted = False
@@ -112,21 +124,20 @@ class EngineClient:
             self._resending = False
 
     def lose(self) -> None:
-        """The engine died: whoever waits for it goes on to wait for the next one."""
+        """The engine died: all that wait for it go on to wait for the next one."""
         core, self._core = self._core, None
         if core is None:
             return
         self._ready.clear()
         self._gone.set()
         core_client.wake(core)
-        for entry in self.journal.lost():
-            if entry.suspect and entry.deaths >= self._settings.max_deaths_per_request:
-                self._quarantine(entry)
+        for entry in quarantine.culprits(self.journal.lost(), self._settings.max_deaths_per_request):
+            self._quarantine(entry)
 
     def fail_waiting(self, longer_than: float, error: Callable[[str], Exception]) -> None:
         """End all requests that wait for an engine for at least ``longer_than`` seconds, with ``error(id)``."""
         for entry in self.journal.waiting(longer_than):
-            self._end(entry, error(_shown(entry)))
+            self._end(entry, error(entry.shown_id))
 
     def go_stale(self, error: EngineStaleError) -> None:
         """End every request with ``error``, now and until the weights that were changed are there again."""
@@ -134,7 +145,7 @@ class EngineClient:
         self._fail_all(error)
 
     def close(self, error: BackendError) -> None:
-        """There will be no engine any more: every request, now and later, ends with ``error``."""
+        """No engine will serve any more: every request, now and later, ends with ``error``."""
         self._error = error
         self.resources.engine_dead = True
         self._fail_all(error)
@@ -151,25 +162,37 @@ class EngineClient:
             logger.exception("%s could not be repeated on the restarted engine of %s", method, self._name)
 
     async def _try_suspects(self) -> None:
-        """Have those requests at which engines died again and again go on one after the other.
+        """Send the requests at which engines died again and again in small groups, one after the other.
 
-        Each must get further before the next is sent, so that an engine that dies is known to have died of the last.
+        Each group must make progress before the next is sent, so that a death points at one of them. New requests
+        wait meanwhile; so this ends after a share of ``recovery_timeout``.
         """
-        for entry in self.journal.waiting():
-            if entry.deaths < self._settings.max_deaths_per_request or self._core is None:
-                continue
-            await self._resend(entry)
-            ends = [asyncio.ensure_future(event.wait()) for event in (entry.further, self._gone)]
-            try:
-                timeout = self._settings.hang_timeout + TRIAL_MARGIN
-                await asyncio.wait(ends, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                for end in ends:
-                    end.cancel()
+        core, loop = self._core, asyncio.get_running_loop()
+        deadline = loop.time() + TRIAL_SHARE * self._settings.recovery_timeout
+        for group in quarantine.trial_groups(self._suspects(), self._settings.max_deaths_per_request):
+            left = min(deadline - loop.time(), self._settings.hang_timeout + TRIAL_MARGIN)
+            if left <= 0 or core is not self._core:
+                return
+            for entry in group:
+                await self._resend(entry)
+            await self._until_further(group, left)
+
+    def _suspects(self) -> list[Entry]:
+        return quarantine.suspects(self.journal.waiting(), self._settings.max_deaths_per_request)
+
+    async def _until_further(self, group: list[Entry], timeout: float) -> None:
+        """Wait until all of ``group`` made progress or ended, or the engine died; ``timeout`` seconds at most."""
+        further = asyncio.ensure_future(_all_further(group))
+        gone = asyncio.ensure_future(self._gone.wait())
+        try:
+            await asyncio.wait((further, gone), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            further.cancel()
+            gone.cancel()
 
     def _quarantine(self, entry: Entry) -> None:
         message = (
-            f"The request {_shown(entry)} was refused: the vLLM engine of {self._name} died {entry.deaths} times in a "
+            f"The request {entry.shown_id} was refused: the vLLM engine of {self._name} died {entry.deaths} times in a "
             "row while it worked on it; change the request before you send it again."
         )
         logger.error("%s", message)
@@ -179,13 +202,20 @@ class EngineClient:
         self.journal.close((entry.id,))
         self._fail(entry.id, error)
 
+    def in_flight(self) -> tuple[RequestInFlight, ...]:
+        """The requests that an engine works on or that wait for one."""
+        return tuple(
+            RequestInFlight(entry.shown_id, core_client.prompt_length(entry.request), len(entry.tokens))
+            for entry in self.journal
+        )
+
     # -- what AsyncLLM asks for
 
     async def add_request_async(self, request: Any) -> None:
         refused = self._error or self._stale
         if refused is not None:
             raise type(refused)(str(refused))
-        entry = self.journal.open(request)
+        entry = self.journal.open(*core_client.identify(request), request)
         if self._core is not None and not self._resending:
             await self._send(entry, request)
 
@@ -216,11 +246,11 @@ class EngineClient:
             return
         if self._settings.resume_inexact == "fail":
             raise CannotResumeError(
-                f"The engine died after the request {_shown(entry)} had begun, and it cannot go on exactly: {why}; "
+                f"The engine died after the request {entry.shown_id} had begun, and it cannot go on exactly: {why}; "
                 "send it again, or launch with resume_inexact=continue."
             )
-        logger.warning("The request %s goes on after the engine's death, but not exactly: %s", _shown(entry), why)
-        self._on_inexact(_shown(entry), why)
+        logger.warning("The request %s goes on after the engine's death, but not exactly: %s", entry.shown_id, why)
+        self._on_inexact(entry.shown_id, why)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         self.journal.close(request_ids)
@@ -245,7 +275,7 @@ class EngineClient:
                     self._found_dead(core)
                 continue
             if core is self._core:
-                if aborted := self.journal.deliver(outputs.outputs):
+                if aborted := self.journal.deliver(core_client.delivered(outputs.outputs)):
                     outputs.outputs = [output for output in outputs.outputs if output.request_id not in aborted]
                     self._found_dead(core)  # it is ending, and its requests go on elsewhere
                 return outputs
@@ -260,35 +290,39 @@ class EngineClient:
         return functools.partial(self._call, name) if name.endswith("_async") else getattr(self._last, name)
 
     async def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Have the engine carry out a utility; one that asks is asked again when the engine died over it.
+        """Have the engine carry out a call; one that only asks is made again when the engine died during it.
 
         Raises:
             EngineDiedError: the engine died before it answered one that does more than ask.
+            EngineRestartingError: no engine served within ``recovery_timeout``.
         """
+        asks = bool(_QUESTION.match(name))
         while True:
             core = await self._engine()
             if name in _ABORTS:
                 self.journal.aborts_wanted = True
+            self.calls += not asks
             call = asyncio.ensure_future(getattr(core, name)(*args, **kwargs))
             gone = asyncio.ensure_future(self._gone.wait())
             try:
                 await asyncio.wait((call, gone), return_when=asyncio.FIRST_COMPLETED)
                 if call.done():
                     answer = call.result()
-                    self._remember(name, args)
+                    self._remember(name, args, kwargs)
                     return answer
             except exceptions.engine_dead_errors():
                 self._found_dead(core)
             finally:
+                self.calls -= not asks
                 call.cancel()
                 gone.cancel()
-            if not _QUESTION.match(name):
+            if not asks:
                 raise EngineDiedError(
                     f"The vLLM engine of {self._name} died during {name.removesuffix('_async')}, which may be half "
                     "done; ask again when it is restarted."
                 )
 
-    def _remember(self, name: str, args: tuple[Any, ...]) -> None:
+    def _remember(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what was carried out, if a new engine would not know it."""
         if name == "add_lora_async":
             self._again["lora", args[0].lora_int_id] = name, args
@@ -301,10 +335,12 @@ class EngineClient:
         elif name == "collective_rpc_async":
             method = getattr(args[0], "__name__", str(args[0]))
             if _CHANGES_WEIGHTS.match(method):
-                self._weights_changed(method)
+                self._weights_changed(
+                    method, as_launched=method == "reload_weights" and not any((*args[2:], *kwargs.values()))
+                )
 
-    def _weights_changed(self, method: str) -> None:
-        self.changed_weights = method
+    def _weights_changed(self, method: str, as_launched: bool) -> None:
+        self.changed_weights = "" if as_launched else method
         if self._stale is None:
             return
         if method.startswith("start_"):
@@ -314,10 +350,21 @@ class EngineClient:
             self._on_refit(method)
 
     async def _engine(self) -> Any:
-        await self._ready.wait()  # bounded by those who restart it: they attach another or close this
+        timeout = self._settings.recovery_timeout
+        try:
+            await asyncio.wait_for(self._until_ready(), timeout)
+        except asyncio.TimeoutError:
+            raise EngineRestartingError(
+                f"The call waited for {timeout:g} s for the vLLM engine of {self._name}, which is being restarted; "
+                "send it again later."
+            ) from None
         if self._error is not None:
             raise type(self._error)(str(self._error))
         return self._core
+
+    async def _until_ready(self) -> None:
+        while self._core is None and self._error is None:  # it may be lost before its waiter runs
+            await self._ready.wait()
 
     def _found_dead(self, core: Any) -> None:
         if self.on_dead is None:  # nobody would bring another
@@ -328,6 +375,6 @@ class EngineClient:
             self.on_dead()
 
 
-def _shown(entry: Entry) -> str:
-    """The id by which the client knows it."""
-    return entry.request.external_req_id or entry.id
+async def _all_further(entries: list[Entry]) -> None:
+    for entry in entries:
+        await entry.further.wait()

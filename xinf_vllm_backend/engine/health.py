@@ -1,8 +1,8 @@
 """When is an engine hung: it gives no sign of life, and none of work, for ``hang_timeout`` seconds.
 
 A sign of life is any output and any answer to a heartbeat. An engine answers between two steps; a step may be long (a
-large prefill, a first compilation), so that Workers that are computing count as a sign too, up to ``WORK_LIMIT`` times
-as long. This module counts; it asks nobody.
+large prefill, a first compilation), so Workers that compute count as a sign too, up to ``busy_factor`` times as long.
+This module counts; it asks nobody.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
-WORK_LIMIT = 10  # hang_timeouts for which computing alone counts as work: an endless loop computes too
 BUSY = 0.05  # share of one core; a process that waits for another one of the engine was seen to use up to 0.015
-SLACK = 2.0  # looks: what one may come late before the lateness is taken for ours and not for the engine's
+SLACK = 2.0  # looks; any gap beyond this many intervals is our own delay, not silence
 
 
 class HangClock:
@@ -22,12 +21,20 @@ class HangClock:
 
     Args:
         hang_timeout: seconds of silence that make a hang.
+        busy_factor: number of hang_timeouts for which computing alone counts as work: an endless loop computes too.
         interval: seconds between two looks.
         clock: seconds.
     """
 
-    def __init__(self, hang_timeout: float, interval: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        hang_timeout: float,
+        busy_factor: float,
+        interval: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._hang_timeout = hang_timeout
+        self._busy_factor = busy_factor
         self._longest_look = SLACK * interval
         self._clock = clock
         self.heard()
@@ -37,11 +44,12 @@ class HangClock:
         self._looked = self._clock()
         self.silent = self.unanswered = 0.0  # seconds without any sign, and without one but work
 
-    def look(self, works: bool) -> bool:
+    def look(self, works: bool, patience: float = 0.0) -> bool:
         """Count the time since the last look.
 
         Args:
             works: whether the engine was seen computing since.
+            patience: seconds of silence that make a hang now, where that is more than ``hang_timeout``.
 
         Returns:
             Whether the engine is hung.
@@ -50,8 +58,10 @@ class HangClock:
         passed = min(now - self._looked, self._longest_look)
         self._looked = now
         self.unanswered += passed
-        self.silent = 0.0 if works and self.unanswered < WORK_LIMIT * self._hang_timeout else self.silent + passed
-        return self.silent >= self._hang_timeout
+        self.silent = (
+            0.0 if works and self.unanswered < self._busy_factor * self._hang_timeout else self.silent + passed
+        )
+        return self.silent >= max(self._hang_timeout, patience)
 
 
 class Workload:

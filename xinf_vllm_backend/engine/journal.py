@@ -1,7 +1,7 @@
-"""The requests in flight: what each asked for, and the tokens that it has been given.
+"""The requests in flight: what each asked for, and the tokens that it was given.
 
 An entry lives from the moment a request is handed to the engine until its last output, its abort or its failure, so
-that the journal is as large as what is in flight.
+the journal is as large as what is in flight.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-# Tokens after which a death is no longer held against a request that also saw the last one: what kills an engine each
-# time does so where it did before, give or take the steps whose outputs were lost with it.
+# A request that got this many tokens since it was last sent is not blamed for a death: what kills an engine each time
+# does so where it did before, give or take the steps whose outputs were lost with it.
 PROGRESS_TOKENS = 4
 
 
@@ -23,26 +23,28 @@ class Entry:
     """One request; of ``n`` > 1 each child is one.
 
     Attributes:
+        id: vLLM's internal id.
+        shown_id: the id by which the client knows it; children of one request share it.
         request: a ``vllm.v1.engine.EngineCoreRequest``, as AsyncLLM made it.
         since: seconds, by the journal's clock, since when it waits for an engine; None while one works on it.
         tokens: ids of those it was given.
-        deaths: of engines that worked on it, one soon after the other (see ``PROGRESS_TOKENS``).
-        suspect: whether, at the last of them, it alone had not got further since it was sent.
-        further: set once it got further since it was sent, or ended.
-        goal: number of tokens at which it has got further; more than there can be once it has.
+        deaths: engines in a row that died while they worked on it, without progress between two deaths.
+        further: set once it made progress since it was sent, or ended.
+        goal: number of tokens that are progress; more than there can be once it has made some.
+        parts: of a prompt that is being streamed, those that were sent and not finished; 0 for any other request.
+        streams_input: whether further parts of its prompt may follow.
     """
 
+    id: str
+    shown_id: str
     request: Any
     since: float | None
     tokens: list[int] = field(default_factory=list)
     deaths: int = 0
-    suspect: bool = False
     further: asyncio.Event = field(default_factory=asyncio.Event)
     goal: int = PROGRESS_TOKENS
-
-    @property
-    def id(self) -> str:
-        return self.request.request_id
+    parts: int = 0
+    streams_input: bool = False
 
     def sent(self) -> None:
         """An engine works on it from now on."""
@@ -50,7 +52,7 @@ class Entry:
         self.further.clear()
         self.goal = len(self.tokens) + PROGRESS_TOKENS
 
-    def reached_goal(self) -> None:
+    def made_progress(self) -> None:
         self.goal = sys.maxsize
         self.further.set()
 
@@ -67,7 +69,7 @@ class Journal:
         clock: seconds.
 
     Attributes:
-        outputs: how many batches were delivered.
+        outputs: number of batches delivered.
         aborts_wanted: whether the engine was told to end its requests, as by a pause.
     """
 
@@ -86,12 +88,29 @@ class Journal:
     def __contains__(self, entry: Entry) -> bool:
         return self._entries.get(entry.id) is entry
 
-    def open(self, request: Any) -> Entry:
-        """The entry of ``request``, a new one unless it is a further part of a prompt that is being streamed."""
-        return self._entries.setdefault(request.request_id, Entry(request, self._clock()))
+    def open(self, request_id: str, shown_id: str, request: Any) -> Entry:
+        """The entry of a request: a new one, unless ``request`` is a further part of a prompt that is being streamed.
 
-    def deliver(self, outputs: Iterable[Any]) -> set[str]:
-        """Note ``EngineCoreOutput`` s as delivered, but for those that end a request which nobody asked to abort.
+        Such an entry stays until the part after which no other follows has ended: what the engine knows of the earlier
+        parts goes with the engine.
+        """
+        entry = self._entries.get(request_id)
+        if entry is None:
+            entry = Entry(request_id, shown_id, request, self._clock())
+            self._entries[request_id] = entry
+        streams = bool(getattr(request, "resumable", False))
+        if streams:
+            entry.parts += 1
+        elif entry.streams_input and entry.parts == 0:  # its end, after the last part was answered
+            self.close((request_id,))
+        entry.streams_input = streams
+        return entry
+
+    def deliver(self, outputs: Iterable[tuple[str, list[int], str | None]]) -> set[str]:
+        """Note outputs as delivered, but for those that end a request which nobody asked to abort.
+
+        Args:
+            outputs: of each its request's id, its new token ids, and the finish reason of a last one.
 
         Returns:
             The ids of these; an engine that is told to end says so of all its requests.
@@ -99,19 +118,26 @@ class Journal:
         self.outputs += 1
         aborted = set()
         entries = self._entries
-        for output in outputs:  # for every token of every request: nothing here that can be elsewhere
-            entry = entries.get(output.request_id)
+        for request_id, new_tokens, finished in outputs:  # for every token of every request: keep it short
+            entry = entries.get(request_id)
             if entry is not None:
-                if output.finish_reason is not None:
-                    if str(output.finish_reason) == "abort" and not self.aborts_wanted:
-                        aborted.add(output.request_id)
+                if finished is not None:
+                    if finished == "abort" and not self.aborts_wanted:
+                        aborted.add(request_id)
                         continue
-                    self.close((output.request_id,))
+                    self._finish(entry)
                 tokens = entry.tokens
-                tokens += output.new_token_ids
+                tokens += new_tokens
                 if len(tokens) >= entry.goal:
-                    entry.reached_goal()
+                    entry.made_progress()
         return aborted
+
+    def _finish(self, entry: Entry) -> None:
+        entry.parts = max(0, entry.parts - 1)
+        if entry.streams_input or entry.parts:
+            entry.made_progress()  # by a part of its prompt
+        else:
+            self.close((entry.id,))
 
     def close(self, ids: Iterable[str]) -> None:
         """Forget those that ended."""
@@ -121,13 +147,16 @@ class Journal:
                 entry.further.set()
 
     def lost(self) -> list[Entry]:
-        """The engine died: all that it worked on wait again, and are returned."""
+        """The engine died: all that it worked on wait again.
+
+        Returns:
+            Those that made no progress since they were sent.
+        """
         working = [entry for entry in self._entries.values() if entry.since is None]
-        stuck = {entry.request.external_req_id for entry in working if not entry.further.is_set()}
+        stuck = [entry for entry in working if not entry.further.is_set()]
         for entry in working:
-            entry.suspect = stuck == {entry.request.external_req_id}
             entry.lost(self._clock())
-        return working
+        return stuck
 
     def waiting(self, longer_than: float = 0.0) -> list[Entry]:
         """Those that wait for an engine, for at least ``longer_than`` seconds."""

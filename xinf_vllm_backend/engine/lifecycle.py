@@ -1,7 +1,7 @@
 """The states of an engine and who may move it between them.
 
-This module owns the state and its history and nothing else: it starts, watches and stops nothing. There is no way from
-FAILED or STOPPED to anywhere: whoever needs an engine after that makes a new one.
+This module owns the state and its history and nothing else: it starts, watches and stops nothing. FAILED and STOPPED
+are final; make a new engine after that.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+
+from .death import Death
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +56,14 @@ class Move:
         reason: a sentence.
         at: seconds, by the clock of the lifecycle.
         previous: the state before.
+        death: of the engine, for a move that it caused.
     """
 
     state: State
     reason: str
     at: float
     previous: State
+    death: Death | None = None
 
 
 class Lifecycle:
@@ -67,7 +71,7 @@ class Lifecycle:
 
     Args:
         name: of the engine, in the log.
-        on_move: called with each move, after it was made, on the thread that made it.
+        on_move: called with each move, after it was made, on the thread that made it; what it raises is logged.
         clock: seconds.
     """
 
@@ -84,19 +88,22 @@ class Lifecycle:
         self.state = State.NEW
         self.history: deque[Move] = deque(maxlen=HISTORY)
 
-    def move(self, state: State, reason: str) -> bool:
+    def move(self, state: State, reason: str, death: Death | None = None) -> bool:
         """Go to ``state``, unless there is no way from here, and log it with its ``reason``.
 
         Returns:
-            Whether it was moved; False where somebody was faster, such as a stop during a restart.
+            Whether it was moved; False where another move came first, such as a stop during a restart.
         """
         with self._lock:
             if state not in _NEXT[self.state]:
                 return False
-            move = Move(state, reason, self._clock(), self.state)
+            move = Move(state, reason, self._clock(), self.state, death)
             self.state = state
             self.history.append(move)
         log = logger.error if state in (State.RESTARTING, State.FAILED, State.STALE) else logger.info
         log("The vLLM engine of %s is %s: %s", self._name, state.value, reason)
-        self._on_move(move)
+        try:
+            self._on_move(move)
+        except Exception:  # a listener must not cost the engine
+            logger.exception("A change of state of %s could not be told", self._name)
         return True

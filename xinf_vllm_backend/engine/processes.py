@@ -18,7 +18,9 @@ from ..process.context import EngineContext
 from ..process.exits import describe_exit
 from ..process.launch_lock import DeviceLocks, launch_lock
 from ..process.output import OutputTail
+from ..process.tree import Look
 from . import diagnosis, preload
+from .death import Death, Ending
 from .phase import Phase
 from .seams import core_client, platform, start
 from .seams.child import prepare_child
@@ -27,6 +29,7 @@ from .spec import EngineSpec
 logger = logging.getLogger(__name__)
 
 EXIT_TIMEOUT = 0.5  # seconds that a dead engine's processes have to end by themselves
+STACKS_TIMEOUT = 1.0  # seconds in which the processes of a hung engine show their stacks
 KILL_TIMEOUT = 5.0  # seconds until a SIGKILLed process is given up as unkillable
 LOCK_MARGIN = 1.0  # seconds before load_timeout in which a launch that waits for others can still say for whom
 REMOVE_TIMEOUT = 2.0  # seconds until files of a dead engine are left to the janitor
@@ -43,11 +46,7 @@ class EngineProcesses:
         client: vLLM's client of EngineCore, once that is ready.
     """
 
-    def __init__(
-        self,
-        spec: EngineSpec,
-        on_loss: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, spec: EngineSpec, on_loss: Callable[[], None] = lambda: None) -> None:
         self._spec = spec
         self.client: Any = None
         self._made: Any = None
@@ -105,6 +104,8 @@ class EngineProcesses:
         if in_time and not failures and not self._stopping.is_set():
             return self._made
         was_stopped = self._stopping.is_set()
+        if not in_time:
+            self._log_stacks()
         self.stop()
         if was_stopped:
             raise EngineStoppedError(f"The vLLM engine of {self._spec.name} was stopped while it was starting.")
@@ -118,6 +119,17 @@ class EngineProcesses:
         if isinstance(failures[0], EngineStartError):  # a lock that was not to be had
             raise failures[0]
         raise EngineStartError(self._start_failure(failures[0]))
+
+    def _log_stacks(self) -> None:
+        """Say, before a start that takes too long is ended, what its processes do."""
+        for stack in self._context.stacks(STACKS_TIMEOUT):
+            logger.error(
+                "%s (pid %s) of %s, at the end of load_timeout:\n%s",
+                stack.title,
+                stack.pid,
+                self._spec.name,
+                stack.text,
+            )
 
     def _load(self, make: Callable[[], Any]) -> None:
         devices = platform.devices(self._spec.arguments, self._spec.settings.device_locks)
@@ -178,13 +190,9 @@ class EngineProcesses:
             or core_client.is_dead(self.client)
         )
 
-    def is_halted(self) -> bool:
-        """Whether one of the processes is stopped, as by SIGSTOP."""
-        return self._context.tree.is_halted()
-
-    def seconds_of_cpu(self) -> tuple[dict[int, float], dict[int, float]]:
-        """Of Workers and of all other processes, by pid, how many each and those that it started have used so far."""
-        return self._context.tree.seconds_of_cpu(platform.WORKER)
+    def look(self) -> Look:
+        """Whether one of the processes is stopped, and how many seconds of CPU each used so far; reads /proc."""
+        return self._context.tree.look(platform.WORKER)
 
     def processes(self) -> list[dict[str, Any]]:
         """The engine's living processes: pid and title of each."""
@@ -217,22 +225,26 @@ class EngineProcesses:
 
     # -- stop
 
-    def end(self, hung: str = "") -> str:
-        """End what is left of a dead or hung engine. Blocks for some seconds at most.
+    def end(self, ending: Ending, silent: float = 0.0) -> Death:
+        """End what is left of a dead or hung engine, and say how it died. Blocks for some seconds at most.
 
         Args:
-            hung: a sentence that says how it hangs; "" for one that died.
-
-        Returns:
-            A sentence that says how it ended, with the root cause where one is known.
+            ending: as the watch saw it.
+            silent: seconds for which a hung one gave no sign of life.
         """
-        how = "" if hung else self._how_it_ended()  # before the rest of it is killed
+        hung = ending is Ending.HUNG
+        stacks = tuple(self._context.stacks(STACKS_TIMEOUT)) if hung else ()
+        how = self._hang(silent) if hung else self._how_it_ended()  # before the rest of it is killed
         try:
             self.stop(lambda: self.client.shutdown(timeout=0), EXIT_TIMEOUT, kill=True)
-        except Exception as error:  # whoever starts the next one sees to it first that this one is gone
+        except Exception as error:  # the next one is not started before this one is gone
             logger.exception("What is left of the vLLM engine of %s could not be ended: %s", self._spec.name, error)
         self._context.await_output(EXIT_TIMEOUT)
-        return hung or self._death(how)
+        return Death(how if hung else self._death(how), stacks=stacks)
+
+    def _hang(self, silent: float) -> str:
+        name = self._spec.name
+        return f"The vLLM engine of {name} hangs: for {silent:.0f} s it has given no sign of life and done no work"
 
     def stop(self, shut_down: Callable[[], None] | None = None, timeout: float = 0.0, kill: bool = False) -> None:
         """End the processes in whatever state they are; idempotent. Blocks, so never call it on an event loop.

@@ -14,29 +14,32 @@ from typing import Any, TypeVar
 from ..errors import BackendError, EngineDiedError, EngineRestartingError, EngineStaleError, EngineStoppedError
 from . import arguments
 from .client import EngineClient
-from .health import HangClock, Workload
+from .death import Death, Ending, RequestInFlight
 from .lifecycle import Lifecycle, State
 from .phase import Phase
 from .processes import EngineProcesses
 from .recovery import RestartBudget
 from .seams import core_client, resuming
 from .spec import EngineSpec
+from .watch import Watch
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_AGAIN = "send the request again in a minute."
+
 
 class EngineSupervisor:
-    """One AsyncLLM and the engine behind it. Whatever is not its own it passes on to the AsyncLLM, once that is ready.
+    """One AsyncLLM and the engine behind it; other attributes are those of the AsyncLLM, once that is ready.
 
     Args:
         spec: what the engine is made from; its ``on_phase`` hears of the first start alone.
 
     Attributes:
         lifecycle: its state and how it came there.
-        restarts: how often the engine came back in place.
-        failure: why it is not restarted any more; "" as long as it is.
+        restarts: number of times the engine came back in place.
+        failure: why it is no longer restarted, for operators; "" as long as it is.
     """
 
     def __init__(self, spec: EngineSpec) -> None:
@@ -48,7 +51,7 @@ class EngineSupervisor:
         self._processes: EngineProcesses | None = None
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._noticed = asyncio.Event()  # something ended
+        self._watch: Watch | None = None
         self.lifecycle = Lifecycle(spec.name, spec.on_move)
         self.restarts = 0
         self.failure = ""
@@ -83,7 +86,7 @@ class EngineSupervisor:
             self.lifecycle.move(State.FAILED, str(error))
             raise
         self.lifecycle.move(State.READY, f"it was started in {time.monotonic() - begun:.1f} s")
-        self._spec.on_phase(Phase.READY)  # whoever hears of it may send requests
+        self._spec.on_phase(Phase.READY)
 
     def _next_processes(self, spec: EngineSpec) -> EngineProcesses:
         with self._lock:
@@ -109,26 +112,26 @@ class EngineSupervisor:
         """Keep the engine alive; a task of the event loop that its requests come from, cancelled to end it.
 
         Returns:
-            Why the engine is dead and is not restarted any more; "" if it was stopped.
+            Why the engine is dead and is no longer restarted; "" if it was stopped.
         """
         self._loop = asyncio.get_running_loop()
         budget = RestartBudget(self._settings.max_restarts, self._settings.restart_refill)
         resend: asyncio.Task[None] | None = None
         try:
-            self._client.on_dead = self._noticed.set
+            self._client.on_dead = self._notice_here
             while self.lifecycle.state in (State.READY, State.STALE):
                 budget.healthy()
-                hung = await self._until_dead()
-                if hung is None:
+                ending = await self._until_end()
+                if ending is Ending.STOPPED or self.failure:
                     break
+                in_flight = self._client.in_flight()
                 self._client.lose()
+                await _end(resend)  # there is nothing to send to
                 await resuming.clear_multimodal_cache(self._engine)
-                if resend is not None:
-                    await asyncio.wait([resend])  # it has nothing to send to
-                await self._bring_back(hung, budget)
+                await self._bring_back(await self._bury(ending, in_flight), budget)
                 resend = self._loop.create_task(self._resume())
             return self.failure
-        except Exception as error:  # nobody else would bring the engine back
+        except Exception as error:  # nothing else would bring the engine back
             logger.exception("The vLLM engine of %s cannot be watched", self.name)
             self._give_up(f"The vLLM engine of {self.name} can no longer be watched: {error!r}")
             return self.failure
@@ -137,51 +140,38 @@ class EngineSupervisor:
             if resend is not None:
                 resend.cancel()
 
-    async def _until_dead(self) -> str | None:
-        """Return how the engine hangs, "" when it died, None when it was stopped."""
-        interval = self._settings.health_interval
-        processes = self._current
-        hang = HangClock(self._settings.hang_timeout, interval)
-        workload = Workload()
-        asked: asyncio.Task[None] | None = None
-        delivered = -1
-        try:
-            while not (processes.is_dead() or self._client.is_lost):
-                flows, delivered = delivered != self._client.journal.outputs, self._client.journal.outputs
-                answered = asked is not None and asked.done()
-                halted = not flows and processes.is_halted()
-                if flows or (answered and not halted):
-                    hang.heard()
-                elif hang.look(not halted and workload.works(*processes.seconds_of_cpu())):
-                    silent = f"for {self._settings.hang_timeout:g} s it has given no sign of life and done no work"
-                    return f"The vLLM engine of {self.name} hangs: {silent}"
-                if asked is None or answered:
-                    asked = None if flows else asyncio.ensure_future(core_client.ask_sign_of_life(processes.client))
-                self._client.fail_waiting(self._settings.recovery_timeout, self._waited)
-                await self._notice_or(interval)
-            return None if self.lifecycle.state in (State.STOPPING, State.STOPPED) else ""
-        finally:
-            if asked is not None:
-                asked.cancel()
+    async def _until_end(self) -> Ending:
+        self._watch = Watch(self._current, self._client, self._settings, self._look)
+        ending = await self._watch.until_end()
+        return Ending.STOPPED if self.lifecycle.state in (State.STOPPING, State.STOPPED) else ending
 
-    async def _notice_or(self, timeout: float) -> None:
-        noticed = asyncio.ensure_future(self._noticed.wait())
-        try:
-            await asyncio.wait([noticed], timeout=timeout)
-        finally:
-            noticed.cancel()
-        self._noticed.clear()
+    def _look(self) -> bool:
+        """Look at what is in this process: requests that wait, and AsyncLLM's own task; whether it can go on."""
+        self._client.fail_waiting(self._settings.recovery_timeout, self._waited)
+        error = core_client.output_task_error(self._engine)
+        if error is not None and self.lifecycle.state not in (State.STOPPING, State.STOPPED):
+            self._give_up(f"The task that reads the outputs of the vLLM engine of {self.name} ended: {error!r}")
+        return not self.failure
 
-    async def _bring_back(self, hung: str, budget: RestartBudget) -> None:
-        """End what is left of the engine and start another, as often as the budget allows."""
+    async def _bury(self, ending: Ending, in_flight: tuple[RequestInFlight, ...]) -> Death:
+        """End what is left of the engine, and find out how it died."""
+        silent = 0.0 if self._watch is None else self._watch.silent
+        death = await self._meanwhile(asyncio.to_thread(self._current.end, ending, silent))
+        death = replace(death, requests=in_flight)
+        if ending is Ending.HUNG:
+            logger.error("%s", death.explained())
+        return death
+
+    async def _bring_back(self, death: Death, budget: RestartBudget) -> None:
+        """Start another engine, as often as the budget allows."""
         begun = time.monotonic()
-        failures = [await self._meanwhile(asyncio.to_thread(self._current.end, hung))]
+        failures = [death.reason]
         while True:
             delay = budget.take() if self._client.is_attachable else None
             if delay is None:
-                self._give_up(_story(failures))
+                self._give_up(_story(failures), death if len(failures) == 1 else None)
                 return
-            self.lifecycle.move(State.RESTARTING, failures[0])
+            self.lifecycle.move(State.RESTARTING, death.reason, death)
             await self._meanwhile(asyncio.sleep(delay))
             try:
                 processes = await self._meanwhile(asyncio.to_thread(self._start_again))
@@ -195,7 +185,7 @@ class EngineSupervisor:
                 return
 
     def _start_again(self) -> EngineProcesses:
-        self._current.stop(kill=True)  # none beside what is left of the last, which failed to end if this raises
+        self._current.stop(kill=True)  # raises where something of the last engine is left, and none starts beside it
         processes = self._next_processes(replace(self._spec, on_phase=lambda phase: None))
         processes.client = processes.start(lambda: core_client.make_client(self._spec.arguments))
         return processes
@@ -243,10 +233,13 @@ class EngineSupervisor:
             f"{self.name}, which is being restarted; send it again later."
         )
 
-    def _give_up(self, why: str) -> None:
+    def _give_up(self, why: str, death: Death | None = None) -> None:
         self.failure = why
-        self.lifecycle.move(State.FAILED, why)
-        self._client.close(EngineDiedError(f"{why}. Send the request again later."))
+        self.lifecycle.move(State.FAILED, why, death)
+        # For clients, so without the cause, which may quote the engine's output.
+        self._client.close(
+            EngineDiedError(f"The vLLM engine of {self.name} died; its model is started again: {_AGAIN}")
+        )
 
     def _fail_request(self, request_id: str, error: Exception) -> None:
         core_client.fail_request(self._engine, request_id, error)
@@ -254,7 +247,11 @@ class EngineSupervisor:
     def _notice(self) -> None:
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(self._noticed.set)
+                self._loop.call_soon_threadsafe(self._notice_here)
+
+    def _notice_here(self) -> None:
+        if self._watch is not None:
+            self._watch.notice()
 
     @property
     def _current(self) -> EngineProcesses:
@@ -296,6 +293,12 @@ class EngineSupervisor:
         if self._processes is not None:
             self._processes.stop(None if self._engine is None else self._engine.shutdown, timeout)
         self.lifecycle.move(State.STOPPED, "its processes are gone")
+
+
+async def _end(task: asyncio.Task[None] | None) -> None:
+    if task is not None:
+        task.cancel()
+        await asyncio.wait([task])
 
 
 def _story(failures: list[str]) -> str:

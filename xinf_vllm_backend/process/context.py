@@ -26,6 +26,7 @@ from .bootstrap import ChildSetup, InheritedHandles
 from .exits import EXIT_REPORT, announce_exit
 from .output import ChildOutput, OutputTail
 from .popen import SpawnPopen, ZygotePopen, occupy_standard_streams
+from .stacks import Stack
 from .tree import ProcessTree
 from .zygote.client import ZygoteClient, ZygoteUnavailableError
 
@@ -103,6 +104,9 @@ class EngineContext(SpawnContext):
         deadline = time.monotonic() + timeout
         for output in self.outputs:
             output.join(max(0.0, deadline - time.monotonic()))
+
+    def stacks(self, timeout: float) -> list[Stack]:
+        return []
 
     def launch(self, process: EngineProcess, start: Callable[[], None]) -> None:
         """Start ``process`` and remember it, unless this context was sealed.

@@ -8,8 +8,24 @@ import select
 import threading
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import psutil
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one look at the processes shows.
+
+    Attributes:
+        halted: whether one of them is stopped, as by SIGSTOP.
+        workers: seconds of CPU used so far, by pid, of those with the title that was asked for.
+        others: the same of the others.
+    """
+
+    halted: bool
+    workers: dict[int, float]
+    others: dict[int, float]
 
 
 class ProcessTree:
@@ -59,6 +75,9 @@ class ProcessTree:
                 used = sum(map(_seconds_of_cpu, (process, *helpers)))
                 (titled if title in " ".join(process.cmdline()) else others)[process.pid] = used
         return titled, others
+
+    def look(self, title: str) -> Look:
+        return Look(self.is_halted(), *self.seconds_of_cpu(title))
 
     def kill(self, timeout: float) -> list[psutil.Process]:
         """SIGKILL all that was recorded, with descendants that came since, and wait up to ``timeout`` seconds.

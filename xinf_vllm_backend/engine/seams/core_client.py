@@ -8,7 +8,7 @@ import functools
 import importlib
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -93,6 +93,32 @@ def wake(client: Any) -> None:
 def is_dead(client: Any) -> bool:
     """Whether ``client`` knows that its engine is dead."""
     return bool(getattr(getattr(client, "resources", None), "engine_dead", False))
+
+
+def identify(request: Any) -> tuple[str, str]:
+    """vLLM's internal id of an ``EngineCoreRequest``, and the id by which the client knows it."""
+    return request.request_id, request.external_req_id or request.request_id
+
+
+def prompt_length(request: Any) -> int | None:
+    """Number of tokens in the prompt of an ``EngineCoreRequest``; None for a prompt of embeddings."""
+    tokens = request.prompt_token_ids
+    return None if tokens is None else len(tokens)
+
+
+def delivered(outputs: Iterable[Any]) -> Iterator[tuple[str, list[int], str | None]]:
+    """Of each ``EngineCoreOutput`` its request's id, its new token ids, and the finish reason of a last one."""
+    for output in outputs:
+        finished = output.finish_reason
+        yield output.request_id, output.new_token_ids, None if finished is None else str(finished)
+
+
+def output_task_error(engine: Any) -> BaseException | None:
+    """How the task of ``engine``, an AsyncLLM, that reads outputs ended; None while it runs."""
+    task = getattr(engine, "output_handler", None)
+    if task is None or not task.done():
+        return None
+    return RuntimeError("it was cancelled") if task.cancelled() else task.exception() or RuntimeError("it returned")
 
 
 async def ask_sign_of_life(client: Any) -> None:
