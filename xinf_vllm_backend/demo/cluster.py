@@ -202,12 +202,12 @@ class Cluster:
         return client
 
     def openai(self, timeout: float = 120.0) -> OpenAI:
-        """The OpenAI client for this cluster: no retries, ``timeout`` seconds for a request."""
+        """The OpenAI client for this cluster: no retries, ``timeout`` seconds and a connection for each request."""
         from openai import OpenAI
 
-        # The server closes a connection that is idle for 5 s; a request that uses it just then would be lost.
-        limits = httpx.Limits(keepalive_expiry=1.0)
-        http = httpx.Client(trust_env=False, timeout=timeout, limits=limits)
+        # A kept connection may be closed, by the server or by the pool of another thread, as a request goes out on it.
+        headers = {"Connection": "close"}
+        http = httpx.Client(trust_env=False, timeout=timeout, limits=httpx.Limits(), headers=headers)
         return OpenAI(base_url=f"{self.endpoint}/v1", api_key="none", max_retries=0, timeout=timeout, http_client=http)
 
     def log_text(self) -> str:
