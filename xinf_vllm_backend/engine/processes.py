@@ -116,7 +116,7 @@ class EngineProcesses:
                 f"and was stopped in the phase {self._phase.value!r}; raise load_timeout if the model needs longer."
                 + (f" It last said: {said}" if said else "")
             )
-        if isinstance(failures[0], EngineStartError):  # a lock that was not to be had
+        if isinstance(failures[0], EngineStartError):  # a lock that another launch holds
             raise failures[0]
         raise EngineStartError(self._start_failure(failures[0]))
 
@@ -134,7 +134,7 @@ class EngineProcesses:
     def _load(self, make: Callable[[], Any]) -> None:
         devices = platform.devices(self._spec.arguments, self._spec.settings.device_locks)
         with contextlib.ExitStack() as held:
-            # Devices before the lock: whoever holds the lock waits for nobody.
+            # Devices before the launch lock: its holder never waits for a device.
             locks = held.enter_context(DeviceLocks(devices, self._spec.name))
             locks.acquire(self._left(LOCK_MARGIN), self._stopping)
             launch = held.enter_context(launch_lock.hold(self._spec.name, self._left(LOCK_MARGIN), self._stopping))

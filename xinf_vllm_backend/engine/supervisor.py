@@ -185,7 +185,7 @@ class EngineSupervisor:
                 return
 
     def _start_again(self) -> EngineProcesses:
-        self._current.stop(kill=True)  # raises where something of the last engine is left, and none starts beside it
+        self._current.stop(kill=True)  # raises if a process of the last engine is left; then none is started
         processes = self._next_processes(replace(self._spec, on_phase=lambda phase: None))
         processes.client = processes.start(lambda: core_client.make_client(self._spec.arguments))
         return processes
