@@ -430,6 +430,14 @@ class TestTheZygote:
         zygote.stop()
         assert not psutil.pid_exists(pid)
 
+    def test_that_stalls_before_it_reads_its_arguments_holds_up_neither_start_nor_stop(self, tmp_path: Path) -> None:
+        (tmp_path / "sitecustomize.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)")
+        preload = functools.partial(preloaded.modules, LARGE.decode())
+        zygote = Zygote({**os.environ, "PYTHONPATH": str(tmp_path)}, preload, targets.do_nothing)
+        join([on_thread(zygote.start)])
+        assert becomes(lambda: psutil.Process(zygote.pid).status() == psutil.STATUS_STOPPED)
+        join([on_thread(zygote.stop)])
+
     def test_that_was_never_started_can_be_stopped(self) -> None:
         Zygote({}, targets.do_nothing, targets.do_nothing).stop()
 

@@ -105,16 +105,18 @@ class EngineContext(SpawnContext):
             output.join(max(0.0, deadline - time.monotonic()))
 
     def launch(self, process: EngineProcess, start: Callable[[], None]) -> None:
-        """Start ``process`` and remember it, unless this context was sealed.
+        """Start ``process`` and remember it, unless this context is sealed.
 
         Raises:
-            RuntimeError: the context was sealed.
+            RuntimeError: the context is sealed.
         """
         with self._lock:
             self._refuse_if_sealed(process)
             start()
             self.children.append(process)
             self.tree.record([process.pid])  # or a stop that comes now would not kill it
+        if not process.send_call(self._sealed):  # without the lock: the child may never read
+            self._refuse_if_sealed(process)
         self.on_start(process.name)
 
     def _refuse_if_sealed(self, process: EngineProcess) -> None:
@@ -202,6 +204,10 @@ class EngineProcess(SpawnProcess):
             context.outputs.append(readers)
         else:
             announce_exit(self)
+
+    def send_call(self, cancelled: threading.Event) -> bool:
+        """Send the process what it is to run; False if ``cancelled`` was set before it could take that."""
+        return bool(self._popen.send_call(cancelled))  # type: ignore[attr-defined]
 
     def release(self) -> None:
         """Give back the files by which the process was watched, if it has ended; its exit code stays known."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import select
 import socket
 import subprocess
 import threading
@@ -25,31 +26,55 @@ if TYPE_CHECKING:
 STATUS_TIMEOUT = 5.0  # seconds that the zygote has to tell how a child of it ended, once it has
 ASIDE_TIMEOUT = 0.1  # seconds of that for one who only wants to look
 STATUS_UNKNOWN = 255  # exit code of a process whose zygote died before it
+POLL = 0.1  # seconds until a cancelled send_call() returns
 
 
 class _EnginePopen(popen_fork.Popen):
-    """What both have in common: two pipes, by which each side sees the other end."""
+    """A process that is started in two steps: made here, and given its call by :meth:`send_call`.
+
+    Two pipes connect it with this process, and each side sees by them when the other ends.
+    """
 
     def __init__(self, process: BaseProcess, environment: Mapping[str, str]) -> None:
         self._fds: list[int] = []
         self._environment = environment
+        self._call = memoryview(b"")
         super().__init__(process)
 
     def _launch(self, process: BaseProcess) -> None:
         with contextlib.ExitStack() as stack:
             child_r, parent_w = _pipe(stack)
             self.sentinel, self.alive = _pipe(stack)
-            data = self._pickled(process)
+            self._call = self._pickled(process)
             self.pid = self._make(child_r, self.alive)
-            os.close(child_r)  # before we write: into a pipe without a reader one does not write for ever
+            os.close(child_r)  # or a write to a child that has ended would wait instead of failing
             os.close(self.alive)
             stack.pop_all()
-            # One that has ended already is told of by its exit code and its output.
-            with contextlib.suppress(BrokenPipeError), open(parent_w, "wb", buffering=0, closefd=False) as child:
-                while data:
-                    data = data[child.write(data) :]
         # The child sees that we are gone when the last copy of parent_w is closed, and only we have it.
         self.finalizer = util.Finalize(self, _close_both, (self.sentinel, parent_w))
+        os.set_blocking(parent_w, False)
+        self._input = io.FileIO(os.dup(parent_w), "w")  # its own: a stop may close parent_w meanwhile
+
+    def send_call(self, cancelled: threading.Event) -> bool:
+        """Send the process what it is to run; waits until it has room for that, ends, or ``cancelled`` is set.
+
+        To be called once.
+
+        Returns:
+            False if ``cancelled`` was set first.
+        """
+        room = select.poll()
+        room.register(self._input, select.POLLOUT)
+        with self._input, contextlib.suppress(BrokenPipeError):  # it has ended: its exit code and output tell how
+            while self._call:
+                written = self._input.write(self._call)
+                if written is None:
+                    if cancelled.is_set():
+                        return False
+                    room.poll(POLL * 1000)
+                self._call = self._call[written or 0 :]
+        self._call = memoryview(b"")
+        return True
 
     def _pickled(self, process: BaseProcess) -> memoryview:
         buffer = io.BytesIO()

@@ -44,7 +44,7 @@ class Zygote:
         self._process: _ZygoteProcess | None = None
         self._client: ZygoteClient | None = None
         self._why_not: str | None = "it was not started"  # None: ask the client
-        self._stopped = False
+        self._stopped = threading.Event()
         self._at_exit: util.Finalize | None = None
         self._watcher: threading.Thread | None = None
 
@@ -81,7 +81,7 @@ class Zygote:
         if self._at_exit is not None:
             self._at_exit.cancel()
         with self._lock:
-            self._stopped = True
+            self._stopped.set()
             process = self._process
             self._withdraw("it was stopped")
         if process is not None:
@@ -95,7 +95,7 @@ class Zygote:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         process = _ZygoteProcess(self._environment, theirs, greeting, self._preload, self._hazard)
         with self._lock, theirs, greeting:
-            if self._stopped:
+            if self._stopped.is_set():
                 ours.close()
                 ready.close()
                 return None
@@ -111,12 +111,13 @@ class Zygote:
             process = self._process
             assert process is not None
             made = time.monotonic()
+            process.send_call(self._stopped)
             is_ready = self._is_ready(ready)
             process.join()
             too_soon = not is_ready or time.monotonic() - made < SOON
             early = early + 1 if too_soon else 0
             with self._lock:
-                if self._stopped:
+                if self._stopped.is_set():
                     return
                 self._withdraw("it has ended")
             logger.warning("The zygote (pid %s) ended with %s", process.pid, process.exitcode)
@@ -133,7 +134,7 @@ class Zygote:
         with ready, contextlib.suppress(EOFError, OSError):
             ready.recv_bytes()
             with self._lock:
-                if not self._stopped:
+                if not self._stopped.is_set():
                     self._why_not = None
             return True
         return False
@@ -152,3 +153,6 @@ class _ZygoteProcess(SpawnProcess):
 
     def _Popen(self, process: SpawnProcess) -> popen.SpawnPopen:  # type: ignore[override]  # noqa: N802
         return popen.SpawnPopen(process, self.__dict__.pop("_environment"))
+
+    def send_call(self, cancelled: threading.Event) -> None:
+        self._popen.send_call(cancelled)  # type: ignore[attr-defined]
