@@ -421,6 +421,12 @@ def live_and_start_one_when_asked(end: Connection, grandchild_end: Connection) -
     live_unbound(end, grandchild_end)
 
 
+def live_without_first_thread(end: Connection) -> None:
+    """Live on in another thread when the first one has ended."""
+    threading.Thread(target=echo_after_pid, args=(end,)).start()
+    ctypes.CDLL(None).pthread_exit(None)
+
+
 def live_with_printing_orphan(end: Connection, orphan_end: Connection) -> None:
     """Live with a child that outlives this process; it prints one message and ends."""
     multiprocessing.get_context("spawn").Process(target=print_one_message, args=(orphan_end,)).start()

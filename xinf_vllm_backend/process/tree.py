@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import threading
 import time
 from collections.abc import Iterable
+from multiprocessing.connection import wait
 
 import psutil
+
+POLL = 0.02  # seconds between two looks at a process whose end the kernel does not tell
 
 
 class ProcessTree:
@@ -31,7 +33,7 @@ class ProcessTree:
                     self._known = self._known | found  # a new set: another thread may be looking at the old one
 
     def alive(self) -> list[psutil.Process]:
-        """Those recorded that still run; a zombie does not."""
+        """Those recorded that still run, be it with one thread; a zombie does not."""
         return [process for process in self._known if _runs(process)]
 
     def is_halted(self) -> bool:
@@ -43,7 +45,7 @@ class ProcessTree:
         found: list[dict[str, int | str]] = []
         for process in sorted(self.alive(), key=lambda process: process.pid):
             with contextlib.suppress(psutil.NoSuchProcess):
-                found.append({"pid": process.pid, "title": " ".join(process.cmdline()).strip() or process.name()})
+                found.append({"pid": process.pid, "title": _title(process) or process.name()})
         return found
 
     def seconds_of_cpu(self, title: str) -> tuple[dict[int, float], dict[int, float]]:
@@ -57,7 +59,7 @@ class ProcessTree:
             with contextlib.suppress(psutil.NoSuchProcess):
                 helpers = [child for child in process.children(recursive=True) if child not in self._known]
                 used = sum(map(_seconds_of_cpu, (process, *helpers)))
-                (titled if title in " ".join(process.cmdline()) else others)[process.pid] = used
+                (titled if title in _title(process) else others)[process.pid] = used
         return titled, others
 
     def kill(self, timeout: float) -> list[psutil.Process]:
@@ -80,11 +82,34 @@ class ProcessTree:
         return self.alive()
 
 
+def waits_by() -> str:
+    """How this process waits for the ends of others: ``"pidfd"``, or ``"polling"`` where there is no pidfd."""
+    handle = _pidfd(os.getpid())
+    if handle is None:
+        return "polling"
+    os.close(handle)
+    return "pidfd"
+
+
 def _await_end(process: psutil.Process, deadline: float) -> None:
     # Not psutil's wait: it would reap a child whose exit code its multiprocessing.Process still wants.
-    with contextlib.suppress(ProcessLookupError), os.fdopen(os.pidfd_open(process.pid)) as handle:
-        if _runs(process):  # the pid is not another's by now
-            select.select([handle], [], [], max(0.0, deadline - time.monotonic()))
+    handle = _pidfd(process.pid)
+    with contextlib.ExitStack() as stack:
+        if handle is not None:
+            stack.callback(os.close, handle)
+        while _runs(process) and (left := deadline - time.monotonic()) > 0:
+            if handle is None:
+                time.sleep(min(left, POLL))
+            else:
+                wait([handle], left)
+
+
+def _pidfd(pid: int) -> int | None:
+    """None where Python has no pidfd, the kernel refuses it, or the process is gone."""
+    try:
+        return os.pidfd_open(pid)
+    except (AttributeError, OSError):
+        return None
 
 
 def _seconds_of_cpu(process: psutil.Process) -> float:
@@ -93,8 +118,23 @@ def _seconds_of_cpu(process: psutil.Process) -> float:
     return 0.0
 
 
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline()).strip()
+    except psutil.ZombieProcess:  # its first thread has ended, and took the title with it
+        return ""
+
+
 def _runs(process: psutil.Process) -> bool:
-    return _status(process) not in (psutil.STATUS_ZOMBIE, None)
+    status = _status(process)
+    return _has_threads(process) if status == psutil.STATUS_ZOMBIE else status is not None
+
+
+def _has_threads(zombie: psutil.Process) -> bool:
+    """Whether other threads outlive the first one of a process, which alone makes it look like a zombie."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return zombie.num_threads() > 1
+    return False
 
 
 def _status(process: psutil.Process) -> str | None:
