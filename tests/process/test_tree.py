@@ -193,7 +193,7 @@ class TestAProcessWhoseFirstThreadHasEnded:
     def test_is_alive(self, threads: Threads) -> None:
         assert [process.pid for process in threads.tree.alive()] == [threads.pid]
         assert [entry["pid"] for entry in threads.tree.describe()] == [threads.pid]
-        assert list(threads.tree.seconds_of_cpu("")[0]) == [threads.pid]
+        assert list(threads.tree.look("").workers) == [threads.pid]
         assert threads.tree.wait_gone(0) != []
         assert answers(threads.end)
 
@@ -279,6 +279,48 @@ class TestWaiting:
         tree.tree.wait_gone(0)
         tree.tree.kill(TIMEOUT)
         assert open_files() == files
+
+
+class TestALook:
+    def test_tells_processes_apart_by_their_titles(self, tree: Tree) -> None:
+        look = tree.tree.look("multiprocessing.spawn")
+        assert (sorted(look.workers), look.others) == (tree.pids, {})
+        look = tree.tree.look("EngineCore")
+        assert (look.workers, sorted(look.others)) == ({}, tree.pids)
+        assert all(seconds > 0 for seconds in look.others.values())
+
+    def test_counts_what_was_not_recorded_for_the_process_that_started_it(self, tree_of: Callable[..., Tree]) -> None:
+        tree = tree_of(targets.live_and_start_one_when_asked)
+        receive(tree.child_end)
+        tree.tree.record([tree.child.pid])
+        tree.child_end.send("start one")
+        least = sum(_seconds_of_cpu(pid) for pid in (tree.child.pid, tree.grandchild_pid()))
+        ((pid, used),) = tree.tree.look("EngineCore").others.items()
+        assert pid == tree.child.pid
+        assert used >= least > _seconds_of_cpu(pid)
+
+    def test_says_whether_a_process_is_stopped(self, tree: Tree) -> None:
+        assert not tree.tree.look("").halted
+        targets.stop(tree.child.pid)
+        assert tree.tree.look("").halted
+
+    def test_goes_through_all_processes_of_the_machine_once(self, tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+        walks: list[None] = []
+        pids = psutil.pids
+        monkeypatch.setattr(psutil, "pids", lambda: (walks.append(None), pids())[1])
+        monkeypatch.setattr(psutil.Process, "children", None)
+        assert len(tree.tree.look("").workers) == 2
+        assert len(walks) == 1
+
+    def test_gives_what_the_two_older_methods_give(self, tree: Tree) -> None:
+        targets.stop(tree.child.pid)
+        look = tree.tree.look("")
+        assert tree.tree.is_halted() == look.halted
+        assert [sorted(half) for half in tree.tree.seconds_of_cpu("")] == [sorted(look.workers), sorted(look.others)]
+
+
+def _seconds_of_cpu(pid: int) -> float:
+    return sum(psutil.Process(pid).cpu_times()[:2])
 
 
 def _runs(pid: int) -> bool:

@@ -6,12 +6,29 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 
 import psutil
 
 POLL = 0.02  # seconds between two looks at a process whose end the kernel does not tell
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the processes of a tree did when they were looked at.
+
+    Attributes:
+        halted: whether one of them is stopped, as by SIGSTOP.
+        workers: seconds of CPU used so far, by pid, of those with the title that was asked for.
+        others: the same, of all others.
+    """
+
+    halted: bool
+    workers: dict[int, float]
+    others: dict[int, float]
 
 
 class ProcessTree:
@@ -48,19 +65,29 @@ class ProcessTree:
                 found.append({"pid": process.pid, "title": _title(process) or process.name()})
         return found
 
-    def seconds_of_cpu(self, title: str) -> tuple[dict[int, float], dict[int, float]]:
-        """Seconds of CPU that each process has used, by pid; of those with ``title`` in their title, and of the others.
+    def look(self, title: str) -> Look:
+        """What the processes do, those with ``title`` in their titles apart; reads ``/proc`` once and blocks for that.
 
-        What a process starts that was not recorded counts as its own.
+        What a process starts that is not recorded counts as its own.
         """
-        titled: dict[int, float] = {}
+        children = _by_parent()
+        workers: dict[int, float] = {}
         others: dict[int, float] = {}
         for process in self.alive():
             with contextlib.suppress(psutil.NoSuchProcess):
-                helpers = [child for child in process.children(recursive=True) if child not in self._known]
-                used = sum(map(_seconds_of_cpu, (process, *helpers)))
-                (titled if title in _title(process) else others)[process.pid] = used
-        return titled, others
+                used = sum(map(_seconds_of_cpu, (process, *self._helpers(process, children))))
+                (workers if title in _title(process) else others)[process.pid] = used
+        return Look(self.is_halted(), workers, others)
+
+    def seconds_of_cpu(self, title: str) -> tuple[dict[int, float], dict[int, float]]:
+        """The two halves of :meth:`look` that count seconds of CPU."""
+        look = self.look(title)
+        return look.workers, look.others
+
+    def _helpers(self, process: psutil.Process, children: Mapping[int, list[psutil.Process]]) -> list[psutil.Process]:
+        """Its descendants down to those that are recorded, which count for themselves."""
+        found = [child for child in children.get(process.pid, ()) if child not in self._known]
+        return [*found, *(helper for child in found for helper in self._helpers(child, children))]
 
     def kill(self, timeout: float) -> list[psutil.Process]:
         """SIGKILL all that was recorded, with descendants that came since, and wait up to ``timeout`` seconds.
@@ -110,6 +137,15 @@ def _pidfd(pid: int) -> int | None:
         return os.pidfd_open(pid)
     except (AttributeError, OSError):
         return None
+
+
+def _by_parent() -> dict[int, list[psutil.Process]]:
+    """All processes there are, by the pid of their parent."""
+    found: dict[int, list[psutil.Process]] = defaultdict(list)
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found[process.ppid()].append(process)
+    return found
 
 
 def _seconds_of_cpu(process: psutil.Process) -> float:
