@@ -1,7 +1,7 @@
 """The first function that an engine process runs.
 
-In this order: bind to the parent, set the environment, send the output to the parent's pipe, and only then unpickle
-and call the real target. Nothing heavy is imported before the environment is set.
+In this order: bind to the parent, set the environment, report to the owner, send the output to the parent's pipe, and
+only then unpickle and call the real target. Nothing heavy is imported before the environment is set.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, NoReturn
 
-from . import cleanup, threads
+from . import cleanup, stacks, threads
 
 if TYPE_CHECKING:
     from .zygote.client import ZygoteClient
 
-PID_REPORT = "pid: "  # begins the report of a process that began
+PID_REPORT = "pid: "  # begins the first report of each process
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def run(setup: ChildSetup, call: bytes) -> None:
     if parent is not None:
         bind_to(parent.sentinel)
     _handles = setup.handles
-    report(f"{PID_REPORT}{os.getpid()}")
     _set_environment(setup.environment)
+    _report_start()
     if was_forked:
         threads.apply_thread_limits()
     if _handles.mark:
@@ -95,6 +95,15 @@ def run(setup: ChildSetup, call: bytes) -> None:
     if initializer is not None:
         initializer()
     target(*args, **kwargs)
+
+
+def _report_start() -> None:
+    """Report the pid, and by what file and under what name this process answers questions for its stacks."""
+    if _handles.reports is None:
+        return
+    fd = stacks.register()
+    answers = "" if fd is None else f" {fd} {multiprocessing.current_process().name}"
+    report(f"{PID_REPORT}{os.getpid()}{answers}")
 
 
 def exit_fast(exit_code: int) -> NoReturn:

@@ -26,6 +26,7 @@ from .bootstrap import ChildSetup, InheritedHandles
 from .exits import EXIT_REPORT, announce_exit
 from .output import ChildOutput, OutputTail
 from .popen import SpawnPopen, ZygotePopen, occupy_standard_streams
+from .stacks import Stack, StackReader
 from .tree import ProcessTree
 from .zygote.client import ZygoteClient, ZygoteUnavailableError
 
@@ -82,6 +83,7 @@ class EngineContext(SpawnContext):
         self.outputs: list[ChildOutput] = []
         self.tree = ProcessTree()
         self.lost: list[str] = []
+        self._stacks = StackReader()
         self._sealed = threading.Event()
         self._lock = threading.Lock()
 
@@ -146,12 +148,25 @@ class EngineContext(SpawnContext):
     def heard(self, message: str) -> None:
         """Take a report of a descendant."""
         if message.startswith(bootstrap.PID_REPORT):
-            self.tree.record([int(message.removeprefix(bootstrap.PID_REPORT))])
+            self._started(*message.removeprefix(bootstrap.PID_REPORT).split(" ", 2))
         elif message.startswith(EXIT_REPORT):
             self.lost.append(message.removeprefix(EXIT_REPORT))
             self.on_loss()
         else:
             self.on_report(message)
+
+    def _started(self, pid: str, fd: str = "", name: str = "") -> None:
+        self.tree.record([int(pid)])
+        if fd:
+            self._stacks.add(int(pid), int(fd), name)
+
+    def stacks(self, timeout: float = 1.0) -> list[Stack]:
+        """What each process is doing, as far as it says so within ``timeout`` seconds; needs ``tail``.
+
+        Asks all processes that run :mod:`.bootstrap` at once. Blocks, and never raises. To be asked of an engine that
+        hangs: see :mod:`.stacks`.
+        """
+        return self._stacks.read(timeout)
 
 
 class EngineProcess(SpawnProcess):
