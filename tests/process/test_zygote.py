@@ -501,7 +501,7 @@ class TestTheZygote:
         files, threads, its_files = open_files(), set(threading.enumerate()), process.num_fds()
         for _ in range(20):
             cycle()
-        assert open_files() == files
+        assert open_files().items() <= files.items()  # that by which the zygote says it is ready is closed soon
         assert set(threading.enumerate()) == threads
         assert becomes(lambda: process.num_fds() <= its_files)  # it tells of an end before it closes what it told it by
         assert process.children() == []

@@ -1,7 +1,7 @@
 """Launches wait for one another: in one process for the launch lock, between processes for the locks of devices.
 
-Locks before lock: a launch takes its devices first and the launch lock then. It must never wait for a device while it
-holds the launch lock, as the launch that has that device may be waiting for the launch lock.
+A launch takes its devices first and then the launch lock. It must not wait for a device while it holds the launch lock:
+the launch that has the device may be waiting for that.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from ..errors import EngineStartError, EngineStartTimeoutError, EngineStoppedError
 from . import lock_directory
 
-POLL = 0.1  # seconds until a waiter sees that it was cancelled, or that another process let go of a device
+POLL = 0.1  # seconds until a waiter sees that it was cancelled, or that a device was released
 NO_TRAPS = os.O_NOFOLLOW | os.O_NONBLOCK  # where anybody may write, there may be a link or a pipe without a reader
 
 
@@ -37,7 +37,7 @@ class LaunchLock:
     def hold(self, who: str, timeout: float, cancelled: threading.Event) -> Hold:
         """Take the lock for the engine ``who``, waiting up to ``timeout`` seconds or until ``cancelled`` is set.
 
-        Who came first is served first.
+        First come, first served.
 
         Raises:
             EngineStartTimeoutError: another launch had the lock all the time.
@@ -87,7 +87,7 @@ class Hold(AbstractContextManager["Hold"]):
         self.release()
 
 
-# One for all: with a lock per engine, two engines of one process would still take each other's ports and environment.
+# One for all engines of the process, which share its ports and its environment.
 launch_lock = LaunchLock()
 
 
@@ -157,7 +157,7 @@ class DeviceLocks(AbstractContextManager["DeviceLocks"]):
 
 
 class _DeviceLock:
-    """One device: a file that is locked, and beside it a note of who holds it.
+    """One device: a file that is locked, and another one that names the holder.
 
     Two files, as in some versions of filelock even one that only tries the lock empties its file.
     """

@@ -39,18 +39,18 @@ class ProcessTree:
         self._lock = threading.Lock()
 
     def record(self, pids: Iterable[int | None]) -> None:
-        """Remember the processes ``pids`` and all their descendants; those gone or never started are passed over."""
+        """Remember the processes ``pids`` and all their descendants; skips those gone or never started."""
         for pid in pids:
-            if pid is None:  # never started; psutil would take it for ourselves
+            if pid is None:  # never started; psutil would take it for this process
                 continue
             with contextlib.suppress(psutil.NoSuchProcess):
                 process = psutil.Process(pid)
                 found = {process, *process.children(recursive=True)}
                 with self._lock:
-                    self._known = self._known | found  # a new set: another thread may be looking at the old one
+                    self._known = self._known | found  # a new set: another thread may iterate over the old one
 
     def alive(self) -> list[psutil.Process]:
-        """Those recorded that still run, be it with one thread; a zombie does not."""
+        """Those recorded that still run, be it in one thread; a zombie does not."""
         return [process for process in self._known if _runs(process)]
 
     def is_halted(self) -> bool:

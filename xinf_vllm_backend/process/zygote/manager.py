@@ -20,15 +20,15 @@ logger = logging.getLogger(__name__)
 
 
 STOP_TIMEOUT = 5.0  # seconds
-SOON = 10.0  # seconds after which a zygote counts as one that works
-MOST_DEATHS = 3  # in a row of such as did not work
+SOON = 10.0  # seconds; a zygote that ends before is a failure
+MOST_DEATHS = 3  # failures in a row, after which there is no further zygote
 
 
 class Zygote:
     """The zygote of this process: made, watched, replaced when it dies, and ended.
 
     Args:
-        environment: its environment, and so what its children cannot get changed any more (see :func:`frozen`).
+        environment: its environment; some variables its children cannot change (see :func:`frozen`).
         preload: importable function that imports what the children need.
         hazard: importable function that says why a fork would not be clean, or None.
     """
@@ -55,13 +55,13 @@ class Zygote:
             OSError: there can be none.
         """
         ready = self._make(None)
-        # Or its end, which comes with ours, would be taken for an accident.
+        # Else its end at our exit would be logged as a failure.
         self._at_exit = util.Finalize(None, self.stop, exitpriority=0)
         self._watcher = threading.Thread(target=self._watch, args=(ready,), name="zygote-watch", daemon=True)
         self._watcher.start()
 
     def client(self) -> ZygoteClient:
-        """What to ask for children.
+        """The client to ask for children.
 
         Raises:
             ZygoteUnavailableError: there is none now.
@@ -147,7 +147,7 @@ class Zygote:
 
 class _ZygoteProcess(SpawnProcess):
     def __init__(self, environment: Mapping[str, str], *args: object) -> None:
-        # A daemon, or multiprocessing would wait for it when this process ends, and it for that.
+        # A daemon: else multiprocessing would wait at exit for a process that waits for our end.
         super().__init__(target=serve, args=(*args, popen.Alive()), name="Zygote", daemon=True)
         self._environment = environment
 
