@@ -14,6 +14,7 @@ from packaging.specifiers import SpecifierSet
 
 from .engine import preload
 from .engine.seams import SEAMS, start, version
+from .process import tree
 
 ENTRY = "xinf_vllm_backend:extension"
 XINFERENCE = SpecifierSet(">=4.1,<4.2")
@@ -36,7 +37,7 @@ class Finding:
 def examine() -> list[Finding]:
     """Look at everything, in the order in which one thing needs the other."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # vLLM logs to stdout, where our findings go
-    return [*_versions(), *_extension(), *_seams(), _start_method(), _virtualenv()]
+    return [*_versions(), *_extension(), *_seams(), _start_method(), _waiting(), _virtualenv()]
 
 
 def table(findings: list[Finding]) -> str:
@@ -115,6 +116,10 @@ def _start_method() -> Finding:
         method == "spawn",
         "" if method == "spawn" else "engine processes would be forked from a process with threads",
     )
+
+
+def _waiting() -> Finding:
+    return Finding("ends of engine processes awaited by", tree.waits_by())
 
 
 def _virtualenv() -> Finding:

@@ -47,6 +47,11 @@ def a_process(pid_file: Path) -> None:
     _kept.append(process)
 
 
+def a_stall_of_each_child() -> None:
+    """Have each child of the zygote stop before it reads anything."""
+    os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGSTOP))
+
+
 def _count(attempts: Path) -> None:
     with attempts.open("a") as file:
         file.write("x")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import faulthandler
 import gc
 import importlib
 import multiprocessing
@@ -25,7 +26,7 @@ from typing import Any
 import psutil
 from process_helpers import TIMEOUT, becomes, exit_code, is_announced, receive
 
-from xinf_vllm_backend.process import bootstrap
+from xinf_vllm_backend.process import bootstrap, stacks
 from xinf_vllm_backend.process.bootstrap import InheritedHandles
 from xinf_vllm_backend.process.cleanup import Cleanup
 from xinf_vllm_backend.process.context import EngineContext, EngineProcess, FindZygote
@@ -313,6 +314,68 @@ class Holder:
         self.end.close()
 
 
+# -- targets that are asked for their stacks
+
+
+def wait_in_threads(end: Connection) -> None:
+    inside = threading.Barrier(3)
+    for target in (first_thread_waits, second_thread_waits):
+        threading.Thread(target=target, args=(inside,), daemon=True).start()
+    inside.wait(TIMEOUT)
+    end.send("ready")
+    echo(end)
+
+
+def first_thread_waits(inside: threading.Barrier) -> None:
+    inside.wait(TIMEOUT)
+    threading.Event().wait()
+
+
+def second_thread_waits(inside: threading.Barrier) -> None:
+    inside.wait(TIMEOUT)
+    threading.Event().wait()
+
+
+def wait_deep_in_many_threads(end: Connection) -> None:
+    inside = threading.Barrier(31)
+    for _ in range(30):
+        threading.Thread(target=wait_deep, args=(inside, 50), daemon=True).start()
+    inside.wait(TIMEOUT)
+    end.send("ready")
+    echo(end)
+
+
+def wait_deep(inside: threading.Barrier, depth: int) -> None:
+    if depth:
+        wait_deep(inside, depth - 1)
+    inside.wait(TIMEOUT)
+    threading.Event().wait()
+
+
+def ignore_questions(end: Connection, number: int) -> None:
+    """Handle the signal and write nothing."""
+    signal.signal(number, lambda *_: None)
+    end.send("ready")
+    echo(end)
+
+
+def unregister(end: Connection, number: int) -> None:
+    faulthandler.unregister(number)
+    end.send("ready")
+    echo(end)
+
+
+def register_again_without_memfd(end: Connection) -> None:
+    del os.memfd_create
+    end.send(stacks.register())
+    echo(end)
+
+
+def become_another_program(end: Connection) -> None:
+    os.dup2(end.fileno(), 0)
+    os.execlp("cat", "cat")
+
+
 # -- families: owner -> child -> grandchild
 
 
@@ -419,6 +482,12 @@ def live_and_start_one_when_asked(end: Connection, grandchild_end: Connection) -
     end.send(os.getpid())
     end.recv()
     live_unbound(end, grandchild_end)
+
+
+def live_without_first_thread(end: Connection) -> None:
+    """Live on in another thread when the first one has ended."""
+    threading.Thread(target=echo_after_pid, args=(end,)).start()
+    ctypes.CDLL(None).pthread_exit(None)
 
 
 def live_with_printing_orphan(end: Connection, orphan_end: Connection) -> None:

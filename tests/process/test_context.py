@@ -6,12 +6,13 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from multiprocessing import Pipe
+from multiprocessing import Pipe, resource_tracker
 from pathlib import Path
 from typing import Any
 
 import blocking_at_import
 import imported_in_child
+import preloaded
 import process_targets as targets
 import pytest
 from process_helpers import (
@@ -19,6 +20,7 @@ from process_helpers import (
     all_output_is_read,
     answers,
     assert_all_reach,
+    becomes,
     exit_code,
     join,
     on_thread,
@@ -165,6 +167,67 @@ class TestStartDoesNotWaitForTheChild:
         assert receive(near) == len(LARGE)
         assert exit_code(process) == 0
         near.close()
+
+
+class TestAChildThatStallsBeforeItReadsItsArguments:
+    """It is stopped, and its arguments are more than a pipe takes."""
+
+    @pytest.fixture(params=["spawned", "forked"])
+    def context(self, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[EngineContext]:
+        if request.param == "spawned":
+            (tmp_path / "sitecustomize.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)")
+            yield EngineContext({"PYTHONPATH": str(tmp_path)})
+            return
+        zygote = targets.make_zygote(preloaded.a_stall_of_each_child)
+        yield EngineContext({}, find_zygote=zygote.client)
+        zygote.stop()
+
+    @pytest.fixture
+    def start(self, context: EngineContext) -> Iterator[threading.Thread]:
+        """Starts the child; the child is recorded and stopped by now."""
+        self.refused: list[str] = []
+
+        def start() -> None:
+            try:
+                started(context, targets.tell_size, None, LARGE)
+            except RuntimeError as error:
+                self.refused.append(str(error))
+
+        resource_tracker.ensure_running()
+        files = open_files()
+        thread = on_thread(start)
+        assert becomes(lambda: bool(context.children))
+        assert becomes(context.tree.is_halted)
+        yield thread
+        assert context.tree.kill(TIMEOUT) == []
+        join([thread])
+        assert [exit_code(child) for child in context.children] == [-signal.SIGKILL] * len(context.children)
+        for child in context.children:
+            child.release()
+        assert open_files().items() <= files.items()  # a zygote closes one when it is ready
+
+    def test_is_killed_by_a_stop_of_the_engine(self, context: EngineContext, start: threading.Thread) -> None:
+        join([on_thread(context.seal)])
+        assert context.tree.kill(TIMEOUT) == []
+        join([start])
+
+    def test_is_given_up_by_its_start_when_the_engine_is_stopped(
+        self, context: EngineContext, start: threading.Thread
+    ) -> None:
+        context.seal()
+        join([start])
+        assert self.refused == [f"{context.children[0].name} was not started: the engine is being stopped"]
+        assert context.tree.is_halted()
+
+    def test_does_not_hold_up_another_start(self, context: EngineContext, start: threading.Thread) -> None:
+        join([on_thread(lambda: started(context, targets.do_nothing))])
+        assert len(context.children) == 2
+        assert start.is_alive()
+
+    def test_is_no_error_of_its_start_when_it_ends(self, context: EngineContext, start: threading.Thread) -> None:
+        context.children[0].kill()
+        join([start])
+        assert self.refused == []
 
 
 class TestAnExitCode:

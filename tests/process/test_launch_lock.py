@@ -26,6 +26,7 @@ from process_targets import echo
 
 from xinf_vllm_backend.errors import EngineStartError, EngineStartTimeoutError, EngineStoppedError
 from xinf_vllm_backend.process import launch_lock as module
+from xinf_vllm_backend.process import lock_directory
 from xinf_vllm_backend.process.launch_lock import DeviceLocks, Hold, LaunchLock, launch_lock
 
 
@@ -319,7 +320,7 @@ class TestDeviceLocks:
         assert {stat.S_IMODE(path.stat().st_mode) for path in directory.iterdir()} == {0o666}
 
     def test_are_by_default_where_all_processes_look(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(module.tempfile, "tempdir", str(tmp_path))
+        monkeypatch.setattr(lock_directory.tempfile, "tempdir", str(tmp_path))
         with DeviceLocks(["0"], "qwen-0") as mine:
             mine.acquire(0, NEVER)
             assert not is_free("0", tmp_path / "xinf-vllm-locks")

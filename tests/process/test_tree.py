@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import pytest
 from process_helpers import (
     TIMEOUT,
     answers,
+    becomes,
     exit_code,
     has_ended,
     is_closed,
@@ -24,7 +26,8 @@ from process_helpers import (
     receive,
 )
 
-from xinf_vllm_backend.process.tree import ProcessTree
+from xinf_vllm_backend.process import tree as tree_module
+from xinf_vllm_backend.process.tree import ProcessTree, waits_by
 
 
 class Tree:
@@ -84,6 +87,20 @@ def child() -> Iterator[Any]:
     process.start()
     yield process
     process.join(TIMEOUT)
+
+
+@pytest.fixture(params=["pidfd", "missing", "refused"])
+def waiting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """By what a tree waits for its processes: some builds of Python have no pidfd, some kernels refuse it."""
+    if request.param == "missing":
+        monkeypatch.delattr(tree_module.os, "pidfd_open")
+    elif request.param == "refused":
+        monkeypatch.setattr(tree_module.os, "pidfd_open", _refuse)
+    return "pidfd" if request.param == "pidfd" else "polling"
+
+
+def _refuse(pid: int) -> int:
+    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
 
 class TestARecordedTree:
@@ -147,8 +164,53 @@ class TestARecordedTree:
         assert ProcessTree().wait_gone(TIMEOUT) == []
 
 
+@pytest.fixture
+def threads() -> Iterator[Threads]:
+    threads = Threads()
+    yield threads
+    threads.process.kill()
+    threads.process.join(TIMEOUT)
+    threads.end.close()
+
+
+class Threads:
+    """A process whose first thread has ended while another one lives: a zombie, by its state in ``/proc``."""
+
+    def __init__(self) -> None:
+        self.end, far = Pipe()
+        self.process = plain.Process(target=targets.live_without_first_thread, args=(far,))
+        self.process.start()
+        far.close()
+        self.pid = receive(self.end)
+        assert becomes(lambda: psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE)
+        self.tree = ProcessTree()
+        self.tree.record([self.pid])
+
+
+class TestAProcessWhoseFirstThreadHasEnded:
+    """Its memory, that of a device too, is in use until the last thread has ended."""
+
+    def test_is_alive(self, threads: Threads) -> None:
+        assert [process.pid for process in threads.tree.alive()] == [threads.pid]
+        assert [entry["pid"] for entry in threads.tree.describe()] == [threads.pid]
+        assert list(threads.tree.look("").workers) == [threads.pid]
+        assert threads.tree.wait_gone(0) != []
+        assert answers(threads.end)
+
+    def test_is_killed_with_all_its_threads(self, threads: Threads, waiting: str) -> None:
+        assert threads.tree.kill(TIMEOUT) == []
+        assert psutil.Process(threads.pid).num_threads() == 1  # what is left of it until we read its exit code
+        assert is_closed(threads.end)
+        assert exit_code(threads.process) == -signal.SIGKILL
+
+    def test_is_gone_when_its_last_thread_ends(self, threads: Threads, waiting: str) -> None:
+        threads.end.close()
+        assert threads.tree.wait_gone(TIMEOUT) == []
+        assert exit_code(threads.process) == 0
+
+
 class TestKilling:
-    def test_ends_all_of_them_before_it_returns(self, tree: Tree) -> None:
+    def test_ends_all_of_them_before_it_returns(self, tree: Tree, waiting: str) -> None:
         assert tree.tree.kill(TIMEOUT) == []
         assert tree.alive() == []
         assert not any(_runs(pid) for pid in tree.pids)
@@ -194,26 +256,71 @@ class TestKilling:
 
 
 class TestWaiting:
-    def test_leaves_the_exit_code_to_the_parent(self, child: Any) -> None:
+    def test_says_what_it_waits_by(self, waiting: str) -> None:
+        assert waits_by() == waiting
+
+    def test_leaves_the_exit_code_to_the_parent(self, child: Any, waiting: str) -> None:
         tree = ProcessTree()
         tree.record([child.pid])
         assert tree.wait_gone(TIMEOUT) == []
         assert child.exitcode == 3
 
-    def test_tells_who_is_still_there_when_the_time_is_up(self, tree: Tree) -> None:
+    def test_tells_who_is_still_there_when_the_time_is_up(self, tree: Tree, waiting: str) -> None:
         assert sorted(process.pid for process in tree.tree.wait_gone(0)) == tree.pids
         assert answers(tree.child_end)
 
-    def test_ends_with_the_last_of_them(self, tree: Tree) -> None:
+    def test_ends_with_the_last_of_them(self, tree: Tree, waiting: str) -> None:
         for pid in tree.pids:
             os.kill(pid, signal.SIGKILL)
         assert tree.tree.wait_gone(TIMEOUT) == []
 
-    def test_leaves_no_file_open(self, tree: Tree) -> None:
+    def test_leaves_no_file_open(self, tree: Tree, waiting: str) -> None:
         files = open_files()
         tree.tree.wait_gone(0)
         tree.tree.kill(TIMEOUT)
         assert open_files() == files
+
+
+class TestALook:
+    def test_tells_processes_apart_by_their_titles(self, tree: Tree) -> None:
+        look = tree.tree.look("multiprocessing.spawn")
+        assert (sorted(look.workers), look.others) == (tree.pids, {})
+        look = tree.tree.look("EngineCore")
+        assert (look.workers, sorted(look.others)) == ({}, tree.pids)
+        assert all(seconds > 0 for seconds in look.others.values())
+
+    def test_counts_what_was_not_recorded_for_the_process_that_started_it(self, tree_of: Callable[..., Tree]) -> None:
+        tree = tree_of(targets.live_and_start_one_when_asked)
+        receive(tree.child_end)
+        tree.tree.record([tree.child.pid])
+        tree.child_end.send("start one")
+        least = sum(_seconds_of_cpu(pid) for pid in (tree.child.pid, tree.grandchild_pid()))
+        ((pid, used),) = tree.tree.look("EngineCore").others.items()
+        assert pid == tree.child.pid
+        assert used >= least > _seconds_of_cpu(pid)
+
+    def test_says_whether_a_process_is_stopped(self, tree: Tree) -> None:
+        assert not tree.tree.look("").halted
+        targets.stop(tree.child.pid)
+        assert tree.tree.look("").halted
+
+    def test_goes_through_all_processes_of_the_machine_once(self, tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+        walks: list[None] = []
+        pids = psutil.pids
+        monkeypatch.setattr(psutil, "pids", lambda: (walks.append(None), pids())[1])
+        monkeypatch.setattr(psutil.Process, "children", None)
+        assert len(tree.tree.look("").workers) == 2
+        assert len(walks) == 1
+
+    def test_gives_what_the_two_older_methods_give(self, tree: Tree) -> None:
+        targets.stop(tree.child.pid)
+        look = tree.tree.look("")
+        assert tree.tree.is_halted() == look.halted
+        assert [sorted(half) for half in tree.tree.seconds_of_cpu("")] == [sorted(look.workers), sorted(look.others)]
+
+
+def _seconds_of_cpu(pid: int) -> float:
+    return sum(psutil.Process(pid).cpu_times()[:2])
 
 
 def _runs(pid: int) -> bool:

@@ -1,7 +1,7 @@
 """The first function that an engine process runs.
 
-In this order: bind to the parent, set the environment, send the output to the parent's pipe, and only then unpickle
-and call the real target. Nothing heavy is imported before the environment is set.
+In this order: bind to the parent, set the environment, report to the owner, send the output to the parent's pipe, and
+only then unpickle and call the real target. Nothing heavy is imported before the environment is set.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, NoReturn
 
-from . import cleanup, threads
+from . import cleanup, stacks, threads
 
 if TYPE_CHECKING:
     from .zygote.client import ZygoteClient
 
-PID_REPORT = "pid: "  # begins the report of a process that began
+PID_REPORT = "pid: "  # begins the first report of each process
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class InheritedHandles:
     Attributes:
         reports: write end of the pipe that :func:`report` uses.
         zygote: where to have children forked; None to spawn them.
-        mark: in the name of all that they leave behind (see :mod:`.cleanup`); "" for no such names.
-        alive: held until this process ends, so that what it leaves is not removed before.
+        mark: part of the names of all shared memory that they make (see :mod:`.cleanup`); "" for none.
+        alive: held open until this process ends; its files are not removed before.
     """
 
     reports: Connection | None = None
@@ -47,7 +47,7 @@ class InheritedHandles:
 
 @dataclass(frozen=True)
 class ChildSetup:
-    """What a child is given beside its target.
+    """What a child is given in addition to its target.
 
     Attributes:
         environment: all its variables.
@@ -65,14 +65,14 @@ _handles = InheritedHandles()
 
 
 def inherited_handles() -> InheritedHandles:
-    """What this process shares with its own children; nothing outside an engine process."""
+    """What this process shares with its own children; empty outside an engine process."""
     return _handles
 
 
 def report(message: str) -> None:
     """Tell the process that owns the engine what this one is doing now; a no-op outside an engine process."""
     if _handles.reports is not None:
-        # The owner may be gone or no longer listening: a report is never worth failing for.
+        # The owner may be gone or no longer listening; a lost report does no harm.
         with contextlib.suppress(OSError):
             _handles.reports.send_bytes(message.encode())
 
@@ -84,8 +84,8 @@ def run(setup: ChildSetup, call: bytes) -> None:
     if parent is not None:
         bind_to(parent.sentinel)
     _handles = setup.handles
-    report(f"{PID_REPORT}{os.getpid()}")
     _set_environment(setup.environment)
+    _report_start()
     if was_forked:
         threads.apply_thread_limits()
     if _handles.mark:
@@ -97,10 +97,19 @@ def run(setup: ChildSetup, call: bytes) -> None:
     target(*args, **kwargs)
 
 
-def exit_fast(exit_code: int) -> NoReturn:
-    """End this process after its target has: what it wanted done at exit is done, what the kernel does is left to it.
+def _report_start() -> None:
+    """Report the pid, and by what file and under what name this process answers questions for its stacks."""
+    if _handles.reports is None:
+        return
+    fd = stacks.register()
+    answers = "" if fd is None else f" {fd} {multiprocessing.current_process().name}"
+    report(f"{PID_REPORT}{os.getpid()}{answers}")
 
-    To take apart, object by object, all that an engine process imported takes seconds.
+
+def exit_fast(exit_code: int) -> NoReturn:
+    """Run what is registered with :mod:`atexit`, flush the output, and end this process.
+
+    To free everything that an engine process imported takes seconds; the kernel does it at once.
     """
     try:
         atexit._run_exitfuncs()
@@ -114,8 +123,8 @@ def exit_fast(exit_code: int) -> NoReturn:
 def bind_to(sentinel: int) -> None:
     """End this process, whatever it is doing, when the write end of the pipe ``sentinel`` is closed.
 
-    The thread is enough for a process that runs. The kernel's signal also ends one that is stopped or that never
-    lets go of the interpreter lock; unlike PR_SET_PDEATHSIG it waits for the parent, not for the parent's thread.
+    A thread does so in a process that runs. The kernel also ends one that is stopped or never releases the interpreter
+    lock; unlike with PR_SET_PDEATHSIG, when the parent process ends and not the thread that started the child.
     """
     kill_with(sentinel)
     threading.Thread(target=_exit_with, args=(sentinel,), name="parent-watch", daemon=True).start()
@@ -140,7 +149,7 @@ def _set_environment(environment: Mapping[str, str]) -> None:
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]
     for name, value in environment.items():
-        if os.environ.get(name) != value:  # setproctitle needs those left alone that are right already
+        if os.environ.get(name) != value:  # setproctitle needs unchanged variables to stay in place
             os.environ[name] = value
 
 

@@ -1,7 +1,7 @@
-"""Removes what processes leave behind when they are killed: files, and names in shared memory.
+"""Removes what killed processes leave behind: files, and names in shared memory.
 
-All that belongs to one engine has one mark in its name. A process of a few hundred KiB, the janitor, waits until the
-last process of the engine has ended, in whatever way, and removes what bears the mark.
+Everything that an engine makes has one mark in its name. The janitor, a shell of a few hundred KiB, waits until the
+last process of the engine has ended, and removes everything with that mark.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 SHARED_MEMORY = "/dev/shm"
 LONGEST_BASE = 50  # characters: the name of a socket has at most 107, of which the mark and a UUID take 52
-# Whoever stops a whole service tells each of its processes to go; this one goes when the others have.
+# Signals that stop a whole service reach the janitor too; it ends after the engine.
 _JANITOR = 'trap "" TERM INT HUP; read -r _; rm -rf -- "$1" "$2"/*"$3"*'
 
 
@@ -32,9 +32,9 @@ class Cleanup:
         base: the directory is made in it, in /tmp if its name is too long; by default the system's for such files.
 
     Attributes:
-        mark: in the name of all that is to be removed; "" where nobody will.
-        directory: for files; made and removed by us.
-        alive: every process of the engine is to hold it until it ends.
+        mark: part of the names of all that is to be removed; "" if there is no janitor.
+        directory: for files; made here, and removed.
+        alive: to be held open by every process of the engine until it ends.
     """
 
     def __init__(self, base: str | None = None) -> None:
@@ -46,10 +46,10 @@ class Cleanup:
             self._janitor = _janitor(self.directory, self.mark, until_end)
         if self._janitor is None:
             self.mark = ""
-        self.directory.mkdir(mode=0o700)  # now that somebody will remove it
+        self.directory.mkdir(mode=0o700)  # after the janitor, which removes it
 
     def remove(self, timeout: float) -> None:
-        """Let go, and wait up to ``timeout`` seconds until all is removed; idempotent."""
+        """Close :attr:`alive`, and wait up to ``timeout`` seconds until all is removed; idempotent."""
         self.alive.close()
         if self._janitor is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -57,13 +57,13 @@ class Cleanup:
 
 
 def name_after(mark: str) -> None:
-    """Let what this process makes in shared memory, and whoever it starts, bear ``mark``."""
-    # Names that multiprocessing keeps to itself: should they go, so does the mark, and nothing else.
+    """Put ``mark`` into the names of shared memory and semaphores that this process and its children make."""
+    # Private names of multiprocessing: without them there is no mark, and nothing else changes.
     names: dict[str, object] = vars(shared_memory)
     names["_SHM_NAME_PREFIX"] = f"/{mark}-"
     names["_SHM_SAFE_NAME_LENGTH"] = len(mark) + 10
     multiprocessing.current_process()._config["semprefix"] = f"/{mark}"  # type: ignore[attr-defined]
-    # Else the tracker, which lives as long as the process that owns the engine, would miss what the janitor removed.
+    # The resource tracker outlives the engine, and would warn about what the janitor removed.
     vars(resource_tracker).update(register=_leave_to_janitor, unregister=_leave_to_janitor)
 
 
@@ -79,7 +79,7 @@ def _janitor(directory: Path, mark: str, until_end: Connection) -> subprocess.Po
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             cwd=os.sep,
-            start_new_session=True,  # Ctrl-C is not for it
+            start_new_session=True,  # not ended by Ctrl-C
         )
     except OSError as error:
         logger.warning("Files of killed engines will stay in %s and %s: %s", directory, SHARED_MEMORY, error)

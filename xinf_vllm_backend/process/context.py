@@ -1,7 +1,7 @@
 """The multiprocessing context that engine processes are started from.
 
-Never a fork of this process: no lock is inherited from a parent that has threads. Children are forked by the zygote
-where there is one, else spawned. Each runs :mod:`.bootstrap` first; its target and arguments travel as one nested
+This process is never forked: a child would inherit the locks that its threads hold. Children are forked by the zygote
+if there is one, else spawned. Each runs :mod:`.bootstrap` first; its target and arguments travel as one nested
 blob, so that they are unpickled after the environment is set and so that ``Process.start()`` does not wait for the
 child's imports.
 """
@@ -26,7 +26,7 @@ from .bootstrap import ChildSetup, InheritedHandles
 from .exits import EXIT_REPORT, announce_exit
 from .output import ChildOutput, OutputTail
 from .popen import SpawnPopen, ZygotePopen, occupy_standard_streams
-from .stacks import Stack
+from .stacks import Stack, StackReader
 from .tree import ProcessTree
 from .zygote.client import ZygoteClient, ZygoteUnavailableError
 
@@ -40,7 +40,7 @@ class EngineContext(SpawnContext):
 
     Args:
         environment: variables of every child, over those of this process at the moment it is started.
-        own: called for each child, for further variables of this one alone.
+        own: called for each child, returns further variables for that child alone.
         on_loss: called, on a thread of this context, after an addition to ``lost``.
         initializer: importable function that a child calls after its environment is set, before its target.
         on_start: called with the name of each child that was started.
@@ -49,13 +49,13 @@ class EngineContext(SpawnContext):
             thread of this context; needs ``tail``.
         handles: what the children share with theirs, by default what this process shares with its own; each child gets
             a pipe for reports of its own where there is a tail.
-        find_zygote: asked at each start for where to have the child forked; None, or a raised
-            :class:`.zygote.ZygoteUnavailableError`, spawns it. By default the zygote of the handles.
+        find_zygote: called at each start, returns the zygote to fork the child from; if it returns None or raises
+            :class:`.ZygoteUnavailableError`, the child is spawned. By default the zygote of the handles.
 
     Attributes:
         children: those that were started.
-        tree: they, and those descendants that run :mod:`.bootstrap`, since these report themselves.
-        lost: how descendants ended that ended badly, as their parents reported it.
+        tree: these, and all descendants that run :mod:`.bootstrap`, which report themselves.
+        lost: a sentence for each descendant that ended with an error, as its parent reported it.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class EngineContext(SpawnContext):
         self.outputs: list[ChildOutput] = []
         self.tree = ProcessTree()
         self.lost: list[str] = []
+        self._stacks = StackReader()
         self._sealed = threading.Event()
         self._lock = threading.Lock()
 
@@ -90,11 +91,11 @@ class EngineContext(SpawnContext):
         return EngineProcess(self, *args, **kwargs)
 
     def get_context(self, method: str | None = None) -> EngineContext:  # type: ignore[override]
-        """Whatever method is asked for, this context is the answer."""
+        """This context, for every start method."""
         return self
 
     def seal(self) -> None:
-        """From now on no child can be started, whoever tries; those that were started are in ``children``."""
+        """Refuse to start further children; those that were started are in ``children``."""
         self._sealed.set()
         with self._lock:  # a start in flight gives up, or is in ``children`` by now
             pass
@@ -105,20 +106,19 @@ class EngineContext(SpawnContext):
         for output in self.outputs:
             output.join(max(0.0, deadline - time.monotonic()))
 
-    def stacks(self, timeout: float) -> list[Stack]:
-        return []
-
     def launch(self, process: EngineProcess, start: Callable[[], None]) -> None:
-        """Start ``process`` and remember it, unless this context was sealed.
+        """Start ``process`` and remember it, unless this context is sealed.
 
         Raises:
-            RuntimeError: the context was sealed.
+            RuntimeError: the context is sealed.
         """
         with self._lock:
             self._refuse_if_sealed(process)
             start()
             self.children.append(process)
             self.tree.record([process.pid])  # or a stop that comes now would not kill it
+        if not process.send_call(self._sealed):  # without the lock: the child may never read
+            self._refuse_if_sealed(process)
         self.on_start(process.name)
 
     def _refuse_if_sealed(self, process: EngineProcess) -> None:
@@ -138,7 +138,7 @@ class EngineContext(SpawnContext):
         return SpawnPopen(process, setup.environment)
 
     def zygote(self, name: str) -> ZygoteClient | None:
-        """Where to have the process ``name`` forked now."""
+        """The zygote to fork the process ``name`` from; None to spawn it."""
         try:
             return self.find_zygote() if self.find_zygote is not None else self.handles.zygote
         except ZygoteUnavailableError as reason:
@@ -146,14 +146,27 @@ class EngineContext(SpawnContext):
             return None
 
     def heard(self, message: str) -> None:
-        """Take a report of a descendant."""
+        """Handle a report of a descendant."""
         if message.startswith(bootstrap.PID_REPORT):
-            self.tree.record([int(message.removeprefix(bootstrap.PID_REPORT))])
+            self._started(*message.removeprefix(bootstrap.PID_REPORT).split(" ", 2))
         elif message.startswith(EXIT_REPORT):
             self.lost.append(message.removeprefix(EXIT_REPORT))
             self.on_loss()
         else:
             self.on_report(message)
+
+    def _started(self, pid: str, fd: str = "", name: str = "") -> None:
+        self.tree.record([int(pid)])
+        if fd:
+            self._stacks.add(int(pid), int(fd), name)
+
+    def stacks(self, timeout: float = 1.0) -> list[Stack]:
+        """What each process is doing, as far as it says so within ``timeout`` seconds; needs ``tail``.
+
+        Asks all processes that run :mod:`.bootstrap` at once. Blocks, and never raises. To be asked of an engine that
+        hangs: see :mod:`.stacks`.
+        """
+        return self._stacks.read(timeout)
 
 
 class EngineProcess(SpawnProcess):
@@ -191,7 +204,7 @@ class EngineProcess(SpawnProcess):
                 stack.callback(reports.close)
                 handles = replace(handles, reports=reports)
                 readers = ChildOutput(self.name, read_output, read_reports, context.tail, context.heard)
-            # All variables, as this thread sees them: what the process is forked from has others.
+            # All variables, as this thread sees them: the zygote has others.
             self.setup = ChildSetup({**os.environ, **context.environment, **context.own()}, handles, output)
             try:
                 context.launch(self, super().start)
@@ -200,15 +213,19 @@ class EngineProcess(SpawnProcess):
                     readers.close()
                 raise
             finally:
-                del self._context, self._call, self.setup  # or we would hold each other for ever
+                del self._context, self._call, self.setup  # they and we would keep each other alive
         if readers is not None:
             readers.start()
             context.outputs.append(readers)
         else:
             announce_exit(self)
 
+    def send_call(self, cancelled: threading.Event) -> bool:
+        """Send the process what it is to run; False if ``cancelled`` was set before it could take that."""
+        return bool(self._popen.send_call(cancelled))  # type: ignore[attr-defined]
+
     def release(self) -> None:
-        """Give back the files by which the process was watched, if it has ended; its exit code stays known."""
+        """Close the files by which the process is watched, if it has ended; its exit code stays known."""
         if self._popen is not None and self.exitcode is not None:  # type: ignore[attr-defined]
             self._popen.close()  # type: ignore[attr-defined]
 

@@ -13,13 +13,13 @@ _changes: ContextVar[dict[str, str | None] | None] = ContextVar("changes to the 
 
 @contextlib.contextmanager
 def private(**variables: str) -> Iterator[None]:
-    """Keep to this thread, and drop in the end, what is written to ``os.environ`` meanwhile; ``variables`` first.
+    """Set ``variables`` and keep all changes of ``os.environ`` to this thread, until the end of the block.
 
-    Whoever reads ``os.environ`` on this thread sees the changes, so that libraries which configure themselves and
-    their children by it work, any number of them side by side. The environment in C is not changed.
+    Libraries that configure themselves and their children by ``os.environ`` work, on any number of threads at once. The
+    environment in C is not changed.
     """
     if not isinstance(os.environ, _Environment):
-        # In place: others hold the object itself.
+        # In place: other modules hold the object.
         os.environ.__class__ = _Environment
     token = _changes.set({**(_changes.get() or {}), **variables})
     try:
@@ -30,7 +30,7 @@ def private(**variables: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def public(**variables: str) -> Iterator[None]:
-    """Set ``variables`` in the environment of the whole process meanwhile."""
+    """Set ``variables`` in the environment of the whole process, until the end of the block."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:

@@ -11,7 +11,7 @@ import psutil
 
 from . import bootstrap
 
-EXIT_REPORT = "exit: "  # begins the report of a process that ended; how it ended follows
+EXIT_REPORT = "exit: "  # begins the report on a process that ended with an error
 
 
 def describe_exit(name: str, pid: int | None, exit_code: int) -> str:
@@ -28,7 +28,7 @@ def describe_exit(name: str, pid: int | None, exit_code: int) -> str:
 
 
 def announce_exit(process: BaseProcess) -> None:
-    """Say it on stderr and report it when ``process`` ends other than well: its parent may say less, later or never."""
+    """Print and report how ``process`` ends, unless with status 0: its parent may say less, or nothing."""
 
     def watch() -> None:
         process.join()

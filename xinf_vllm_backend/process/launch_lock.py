@@ -1,14 +1,13 @@
 """Launches wait for one another: in one process for the launch lock, between processes for the locks of devices.
 
-Locks before lock: a launch takes its devices first and the launch lock then. It must never wait for a device while it
-holds the launch lock, as the launch that has that device may be waiting for the launch lock.
+A launch takes its devices first and then the launch lock. It must not wait for a device while it holds the launch lock:
+the launch that has the device may be waiting for that.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
 import threading
 import time
 from collections import deque
@@ -22,8 +21,9 @@ import psutil
 from filelock import FileLock, Timeout
 
 from ..errors import EngineStartError, EngineStartTimeoutError, EngineStoppedError
+from . import lock_directory
 
-POLL = 0.1  # seconds until a waiter sees that it was cancelled, or that another process let go of a device
+POLL = 0.1  # seconds until a waiter sees that it was cancelled, or that a device was released
 NO_TRAPS = os.O_NOFOLLOW | os.O_NONBLOCK  # where anybody may write, there may be a link or a pipe without a reader
 
 
@@ -37,7 +37,7 @@ class LaunchLock:
     def hold(self, who: str, timeout: float, cancelled: threading.Event) -> Hold:
         """Take the lock for the engine ``who``, waiting up to ``timeout`` seconds or until ``cancelled`` is set.
 
-        Who came first is served first.
+        First come, first served.
 
         Raises:
             EngineStartTimeoutError: another launch had the lock all the time.
@@ -87,7 +87,7 @@ class Hold(AbstractContextManager["Hold"]):
         self.release()
 
 
-# One for all: with a lock per engine, two engines of one process would still take each other's ports and environment.
+# One for all engines of the process, which share its ports and its environment.
 launch_lock = LaunchLock()
 
 
@@ -99,13 +99,14 @@ class DeviceLocks(AbstractContextManager["DeviceLocks"]):
     Args:
         devices: names of physical devices; a device must have the same name in every process.
         who: name of the engine, for messages.
-        directory: where the lock files are, the same in every process; by default one that all users share.
+        directory: where the lock files are, the same in every process; by default one that all users share (see
+            :func:`.lock_directory.default`).
     """
 
     def __init__(self, devices: Iterable[str], who: str, directory: Path | None = None) -> None:
         self.devices = sorted(set(devices))
         self.who = who
-        self.directory = directory or Path(tempfile.gettempdir()) / "xinf-vllm-locks"
+        self._directory = directory
         self._held = ExitStack()
         self._releasing = threading.Lock()
 
@@ -117,11 +118,14 @@ class DeviceLocks(AbstractContextManager["DeviceLocks"]):
             EngineStoppedError: ``cancelled`` was set.
             EngineStartError: the lock files cannot be used.
         """
+        if not self.devices:
+            return
         deadline = time.monotonic() + timeout
         with ExitStack() as taken:
             try:
+                directory = self._prepared()
                 for device in self.devices:  # in the same order everywhere, so that no two wait for each other
-                    lock = _DeviceLock(self.directory, device)
+                    lock = _DeviceLock(directory, device)
                     taken.callback(lock.let_go)
                     while not cancelled.is_set() and not lock.try_take(self.who):
                         if (left := deadline - time.monotonic()) <= 0:
@@ -133,11 +137,15 @@ class DeviceLocks(AbstractContextManager["DeviceLocks"]):
                     if cancelled.is_set():
                         raise EngineStoppedError(f"The launch of {self.who} was stopped before it had its devices.")
             except (OSError, NotImplementedError) as error:
+                where = self._directory or lock_directory.shared()
                 raise EngineStartError(
-                    f"The launch of {self.who} cannot lock its devices by files in {self.directory} ({error}): "
+                    f"The launch of {self.who} cannot lock its devices by files in {where} ({error}): "
                     "make that a directory in which this user may write, or remove it."
                 ) from error
             self._held = taken.pop_all()
+
+    def _prepared(self) -> Path:
+        return lock_directory.default() if self._directory is None else lock_directory.prepare(self._directory)
 
     def release(self) -> None:
         """Let go of all devices; may be called by any thread and more than once. It does not end an acquire()."""
@@ -149,15 +157,12 @@ class DeviceLocks(AbstractContextManager["DeviceLocks"]):
 
 
 class _DeviceLock:
-    """One device: a file that is locked, and beside it a note of who holds it.
+    """One device: a file that is locked, and another one that names the holder.
 
     Two files, as in some versions of filelock even one that only tries the lock empties its file.
     """
 
     def __init__(self, directory: Path, device: str) -> None:
-        with suppress(FileExistsError):
-            directory.mkdir(parents=True)
-            directory.chmod(0o1777)  # mkdir would heed the umask
         self._path = directory / f"device-{quote(device, safe='')}.lock"
         self._note = self._path.with_suffix(".holder")
         self._file = FileLock(self._path, mode=0o666, thread_local=False)  # it is another thread that sees READY

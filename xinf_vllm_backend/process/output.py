@@ -1,4 +1,4 @@
-"""What engine processes print: passed on as it comes, and its end kept for error messages."""
+"""The output of engine processes: passed on as it comes, its last lines kept for error messages."""
 
 from __future__ import annotations
 
@@ -92,13 +92,13 @@ class ChildOutput(threading.Thread):
         if self._on_report is not None:
             try:
                 self._on_report(message)
-            except Exception:  # the child would block on a pipe that nobody reads any more
+            except Exception:  # go on reading, or the child would block
                 logger.exception("A report of %s could not be handled: %s", self.name, message)
         return True
 
 
 def _pass_on(data: bytes) -> None:
-    with contextlib.suppress(OSError):  # our own stderr is closed: nobody is left to read it
+    with contextlib.suppress(OSError):  # our own stderr is closed
         while data:
             data = data[os.write(2, data) :]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import select
 import socket
 import subprocess
 import threading
@@ -22,34 +23,58 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .zygote.client import ZygoteClient
 
-STATUS_TIMEOUT = 5.0  # seconds that the zygote has to tell how a child of it ended, once it has
-ASIDE_TIMEOUT = 0.1  # seconds of that for one who only wants to look
+STATUS_TIMEOUT = 5.0  # seconds that the zygote has to report the exit code of a child that has ended
+LOOK_TIMEOUT = 0.1  # seconds of these that a poll which should not block waits
 STATUS_UNKNOWN = 255  # exit code of a process whose zygote died before it
+POLL = 0.1  # seconds until a cancelled send_call() returns
 
 
 class _EnginePopen(popen_fork.Popen):
-    """What both have in common: two pipes, by which each side sees the other end."""
+    """A process that is started in two steps: made here, and given its call by :meth:`send_call`.
+
+    Two pipes connect it with this process, and each side sees by them when the other ends.
+    """
 
     def __init__(self, process: BaseProcess, environment: Mapping[str, str]) -> None:
         self._fds: list[int] = []
         self._environment = environment
+        self._call = memoryview(b"")
         super().__init__(process)
 
     def _launch(self, process: BaseProcess) -> None:
         with contextlib.ExitStack() as stack:
             child_r, parent_w = _pipe(stack)
             self.sentinel, self.alive = _pipe(stack)
-            data = self._pickled(process)
+            self._call = self._pickled(process)
             self.pid = self._make(child_r, self.alive)
-            os.close(child_r)  # before we write: into a pipe without a reader one does not write for ever
+            os.close(child_r)  # or a write to a child that has ended would wait instead of failing
             os.close(self.alive)
             stack.pop_all()
-            # One that has ended already is told of by its exit code and its output.
-            with contextlib.suppress(BrokenPipeError), open(parent_w, "wb", buffering=0, closefd=False) as child:
-                while data:
-                    data = data[child.write(data) :]
         # The child sees that we are gone when the last copy of parent_w is closed, and only we have it.
         self.finalizer = util.Finalize(self, _close_both, (self.sentinel, parent_w))
+        os.set_blocking(parent_w, False)
+        self._input = io.FileIO(os.dup(parent_w), "w")  # its own: a stop may close parent_w meanwhile
+
+    def send_call(self, cancelled: threading.Event) -> bool:
+        """Send the process what it is to run; waits until it has room for that, ends, or ``cancelled`` is set.
+
+        To be called once.
+
+        Returns:
+            False if ``cancelled`` was set first.
+        """
+        room = select.poll()
+        room.register(self._input, select.POLLOUT)
+        with self._input, contextlib.suppress(BrokenPipeError):  # it has ended: its exit code and output tell how
+            while self._call:
+                written = self._input.write(self._call)
+                if written is None:
+                    if cancelled.is_set():
+                        return False
+                    room.poll(POLL * 1000)
+                self._call = self._call[written or 0 :]
+        self._call = memoryview(b"")
+        return True
 
     def _pickled(self, process: BaseProcess) -> memoryview:
         buffer = io.BytesIO()
@@ -67,7 +92,7 @@ class _EnginePopen(popen_fork.Popen):
 
 
 class Alive:
-    """Arrives in a spawned process as the file descriptor that tells its end; what it forks must not hold that."""
+    """Unpickles in a spawned process to the descriptor whose closing tells its end; its forks have to close that."""
 
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
         return int, (get_spawning_popen().alive,)  # type: ignore[union-attr]
@@ -100,7 +125,7 @@ class SpawnPopen(_EnginePopen):
 
 
 class _Inherited:
-    """Pickled in the place of a file descriptor: which one it is among those sent to the zygote."""
+    """Pickled in place of a file descriptor: its index among those that are sent to the zygote."""
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -116,10 +141,10 @@ class ZygotePopen(_EnginePopen):
     """A child of the zygote.
 
     Raises:
-        ZygoteUnavailableError: there is no child, and none will come.
+        ZygoteUnavailableError: the zygote made no child, and will make none.
     """
 
-    method = "spawn"  # what the child is to believe
+    method = "spawn"  # as the child sees it
     DupFd = _Inherited
 
     def __init__(
@@ -142,28 +167,28 @@ class ZygotePopen(_EnginePopen):
 
     def poll(self, flag: int = os.WNOHANG) -> int | None:
         while self.returncode is None:
-            status = self._status  # another thread may take it away
+            status = self._status  # another thread may set it to None
             signs: list[Any] = [self.sentinel] if status is None else [self.sentinel, status]
             ready = wait(signs, 0 if flag == os.WNOHANG else None)
             if not ready or (status is not None and status not in ready and not self._is_told(status, flag)):
                 break
-            with self._poll_lock:  # not while one waits: others only look
+            with self._poll_lock:  # not held while a thread waits
                 if self.returncode is None:
                     self.returncode = self._exit_code()
         return self.returncode
 
     def _is_told(self, status: socket.socket, flag: int) -> bool:
-        """Whether the zygote has said how the process ended, which has closed its files, or will not any more."""
+        """Whether the zygote has reported the exit code of the ended process, or had its time for that."""
         if self._told_by is None:
             self._told_by = time.monotonic() + STATUS_TIMEOUT
         left = max(0.0, self._told_by - time.monotonic())
-        patience = min(left, ASIDE_TIMEOUT) if flag == os.WNOHANG else left
+        patience = min(left, LOOK_TIMEOUT) if flag == os.WNOHANG else left
         return bool(wait([status], patience)) or flag != os.WNOHANG or not left
 
     def _exit_code(self) -> int | None:
-        """What the zygote says of the process; None if only the zygote has ended."""
+        """The exit code that the zygote reported; None if the zygote has ended and the process has not."""
         if self._status is not None:
-            with contextlib.suppress(OSError):  # it has said nothing
+            with contextlib.suppress(OSError):  # nothing was reported
                 if message := self._status.recv(64, socket.MSG_DONTWAIT):
                     return int(message)
             self._status = None
@@ -183,12 +208,12 @@ def _pipe(stack: contextlib.ExitStack) -> tuple[int, int]:
 
 
 def occupy_standard_streams() -> None:
-    """Let no pipe take the number of a stream that is closed: a child would print into it."""
+    """Open the null device for closed standard streams, lest a pipe gets their number and a child prints into it."""
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
 
 
 def _close_both(*fds: int) -> None:

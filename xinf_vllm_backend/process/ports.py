@@ -11,11 +11,11 @@ FIRST, LAST = 12_000, 32_000
 SPAN = 50  # ports for each process
 
 _COUNT = (LAST - FIRST) // SPAN
-_numbers = itertools.count(random.randrange(_COUNT))  # other processes count for themselves, from elsewhere
+_numbers = itertools.count(random.randrange(_COUNT))  # random: other processes count for themselves
 _lock = threading.Lock()
 
 
 def first() -> int:
-    """The first port for the next process; no other of this process's children gets one within 50 of it."""
+    """The first port for the next child; no other child of this process gets one within 50 of it."""
     with _lock:
         return FIRST + next(_numbers) % _COUNT * SPAN

@@ -1,6 +1,6 @@
-"""Threads of numeric libraries in a forked process: they were loaded with another environment, and do not look again.
+"""Threads of numeric libraries in a forked process, which has loaded them with another environment.
 
-Only torch's own use of OpenMP, and OpenBLAS, are seen to.
+Covers OpenBLAS and torch's own use of OpenMP.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import threadpoolctl
 
 
 def apply_thread_limits() -> None:
-    """Have as many threads, on such CPUs, as the environment asks for; a spawned process gets that by itself."""
+    """Apply the numbers of threads and the CPUs that the environment sets; a spawned process does so by itself."""
     openmp = _count("OMP_NUM_THREADS")
     if "numpy" in sys.modules:
         threadpoolctl.threadpool_limits(
@@ -29,7 +29,7 @@ def apply_thread_limits() -> None:
         torch.set_num_threads(openmp)
     if len(cpus) > 1 and torch.get_num_threads() > 1:
         before = _threads()
-        torch.ones(1 << 20).add_(1)  # large enough for all threads, which are made in order and kept
+        torch.ones(1 << 20).add_(1)  # enough work for all threads; they are made in order, and kept
         for number, thread in enumerate(sorted(_threads() - before), 1):
             _pin(thread, cpus[number % len(cpus)])
 
@@ -53,7 +53,7 @@ def _cpus(affinity: str) -> list[int]:
 
 
 def _pin(thread: int, cpu: int) -> None:
-    with contextlib.suppress(OSError):  # not one of ours: OpenMP says so and goes on
+    with contextlib.suppress(OSError):  # not one of our CPUs: OpenMP also goes on
         os.sched_setaffinity(thread, {cpu})
 
 

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import threading
 import time
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 
 import psutil
+
+POLL = 0.02  # seconds between two looks at a process whose end the kernel does not tell
 
 
 @dataclass(frozen=True)
 class Look:
-    """What one look at the processes shows.
+    """What the processes of a tree did when they were looked at.
 
     Attributes:
         halted: whether one of them is stopped, as by SIGSTOP.
         workers: seconds of CPU used so far, by pid, of those with the title that was asked for.
-        others: the same of the others.
+        others: the same, of all others.
     """
 
     halted: bool
@@ -36,18 +39,18 @@ class ProcessTree:
         self._lock = threading.Lock()
 
     def record(self, pids: Iterable[int | None]) -> None:
-        """Remember the processes ``pids`` and all their descendants; those gone or never started are passed over."""
+        """Remember the processes ``pids`` and all their descendants; skips those gone or never started."""
         for pid in pids:
-            if pid is None:  # never started; psutil would take it for ourselves
+            if pid is None:  # never started; psutil would take it for this process
                 continue
             with contextlib.suppress(psutil.NoSuchProcess):
                 process = psutil.Process(pid)
                 found = {process, *process.children(recursive=True)}
                 with self._lock:
-                    self._known = self._known | found  # a new set: another thread may be looking at the old one
+                    self._known = self._known | found  # a new set: another thread may iterate over the old one
 
     def alive(self) -> list[psutil.Process]:
-        """Those recorded that still run; a zombie does not."""
+        """Those recorded that still run, be it in one thread; a zombie does not."""
         return [process for process in self._known if _runs(process)]
 
     def is_halted(self) -> bool:
@@ -59,25 +62,32 @@ class ProcessTree:
         found: list[dict[str, int | str]] = []
         for process in sorted(self.alive(), key=lambda process: process.pid):
             with contextlib.suppress(psutil.NoSuchProcess):
-                found.append({"pid": process.pid, "title": " ".join(process.cmdline()).strip() or process.name()})
+                found.append({"pid": process.pid, "title": _title(process) or process.name()})
         return found
 
-    def seconds_of_cpu(self, title: str) -> tuple[dict[int, float], dict[int, float]]:
-        """Seconds of CPU that each process has used, by pid; of those with ``title`` in their title, and of the others.
+    def look(self, title: str) -> Look:
+        """What the processes do, those with ``title`` in their titles apart; reads ``/proc`` once and blocks for that.
 
-        What a process starts that was not recorded counts as its own.
+        What a process starts that is not recorded counts as its own.
         """
-        titled: dict[int, float] = {}
+        children = _by_parent()
+        workers: dict[int, float] = {}
         others: dict[int, float] = {}
         for process in self.alive():
             with contextlib.suppress(psutil.NoSuchProcess):
-                helpers = [child for child in process.children(recursive=True) if child not in self._known]
-                used = sum(map(_seconds_of_cpu, (process, *helpers)))
-                (titled if title in " ".join(process.cmdline()) else others)[process.pid] = used
-        return titled, others
+                used = sum(map(_seconds_of_cpu, (process, *self._helpers(process, children))))
+                (workers if title in _title(process) else others)[process.pid] = used
+        return Look(self.is_halted(), workers, others)
 
-    def look(self, title: str) -> Look:
-        return Look(self.is_halted(), *self.seconds_of_cpu(title))
+    def seconds_of_cpu(self, title: str) -> tuple[dict[int, float], dict[int, float]]:
+        """The two halves of :meth:`look` that count seconds of CPU."""
+        look = self.look(title)
+        return look.workers, look.others
+
+    def _helpers(self, process: psutil.Process, children: Mapping[int, list[psutil.Process]]) -> list[psutil.Process]:
+        """Its descendants down to those that are recorded, which count for themselves."""
+        found = [child for child in children.get(process.pid, ()) if child not in self._known]
+        return [*found, *(helper for child in found for helper in self._helpers(child, children))]
 
     def kill(self, timeout: float) -> list[psutil.Process]:
         """SIGKILL all that was recorded, with descendants that came since, and wait up to ``timeout`` seconds.
@@ -99,11 +109,43 @@ class ProcessTree:
         return self.alive()
 
 
+def waits_by() -> str:
+    """How this process waits for the ends of others: ``"pidfd"``, or ``"polling"`` where there is no pidfd."""
+    handle = _pidfd(os.getpid())
+    if handle is None:
+        return "polling"
+    os.close(handle)
+    return "pidfd"
+
+
 def _await_end(process: psutil.Process, deadline: float) -> None:
     # Not psutil's wait: it would reap a child whose exit code its multiprocessing.Process still wants.
-    with contextlib.suppress(ProcessLookupError), os.fdopen(os.pidfd_open(process.pid)) as handle:
-        if _runs(process):  # the pid is not another's by now
-            select.select([handle], [], [], max(0.0, deadline - time.monotonic()))
+    handle = _pidfd(process.pid)
+    with contextlib.ExitStack() as stack:
+        if handle is not None:
+            stack.callback(os.close, handle)
+        while _runs(process) and (left := deadline - time.monotonic()) > 0:
+            if handle is None:
+                time.sleep(min(left, POLL))
+            else:
+                wait([handle], left)
+
+
+def _pidfd(pid: int) -> int | None:
+    """None where Python has no pidfd, the kernel refuses it, or the process is gone."""
+    try:
+        return os.pidfd_open(pid)
+    except (AttributeError, OSError):
+        return None
+
+
+def _by_parent() -> dict[int, list[psutil.Process]]:
+    """All processes there are, by the pid of their parent."""
+    found: dict[int, list[psutil.Process]] = defaultdict(list)
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found[process.ppid()].append(process)
+    return found
 
 
 def _seconds_of_cpu(process: psutil.Process) -> float:
@@ -112,8 +154,23 @@ def _seconds_of_cpu(process: psutil.Process) -> float:
     return 0.0
 
 
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline()).strip()
+    except psutil.ZombieProcess:  # its first thread has ended, and took the title with it
+        return ""
+
+
 def _runs(process: psutil.Process) -> bool:
-    return _status(process) not in (psutil.STATUS_ZOMBIE, None)
+    status = _status(process)
+    return _has_threads(process) if status == psutil.STATUS_ZOMBIE else status is not None
+
+
+def _has_threads(zombie: psutil.Process) -> bool:
+    """Whether other threads outlive the first one of a process, which alone makes it look like a zombie."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return zombie.num_threads() > 1
+    return False
 
 
 def _status(process: psutil.Process) -> str | None:

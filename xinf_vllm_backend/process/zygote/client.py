@@ -14,7 +14,7 @@ from multiprocessing import spawn
 from multiprocessing.connection import wait
 
 ANSWER_TIMEOUT = 60.0  # seconds; the first request may find the zygote still importing
-POLL = 0.1  # seconds until one who waits for an answer sees that it was cancelled
+POLL = 0.1  # seconds until a cancelled request returns
 MAX_FDS = 200  # the kernel passes at most 253 in one message
 
 
@@ -25,7 +25,7 @@ _HARMLESS = frozenset({"KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"})  # some libr
 
 
 class ZygoteUnavailableError(Exception):
-    """There is no child of the zygote; the text says why."""
+    """The zygote made no child; the message says why."""
 
 
 def frozen(environment: Mapping[str, str]) -> dict[str, str]:
@@ -35,11 +35,11 @@ def frozen(environment: Mapping[str, str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class ZygoteClient:
-    """One end of the socket to a zygote; may be handed to children of it, which then ask it themselves.
+    """One end of the socket to a zygote; may be handed to its children, which then ask it themselves.
 
     Attributes:
         requests: the socket.
-        frozen: what of its environment the zygote cannot change any more.
+        frozen: variables of its environment that the zygote cannot change.
     """
 
     requests: socket.socket

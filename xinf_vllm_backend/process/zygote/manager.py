@@ -20,15 +20,15 @@ logger = logging.getLogger(__name__)
 
 
 STOP_TIMEOUT = 5.0  # seconds
-SOON = 10.0  # seconds after which a zygote counts as one that works
-MOST_DEATHS = 3  # in a row of such as did not work
+SOON = 10.0  # seconds; a zygote that ends before is a failure
+MOST_DEATHS = 3  # failures in a row, after which there is no further zygote
 
 
 class Zygote:
     """The zygote of this process: made, watched, replaced when it dies, and ended.
 
     Args:
-        environment: its environment, and so what its children cannot get changed any more (see :func:`frozen`).
+        environment: its environment; some variables its children cannot change (see :func:`frozen`).
         preload: importable function that imports what the children need.
         hazard: importable function that says why a fork would not be clean, or None.
     """
@@ -44,7 +44,7 @@ class Zygote:
         self._process: _ZygoteProcess | None = None
         self._client: ZygoteClient | None = None
         self._why_not: str | None = "it was not started"  # None: ask the client
-        self._stopped = False
+        self._stopped = threading.Event()
         self._at_exit: util.Finalize | None = None
         self._watcher: threading.Thread | None = None
 
@@ -55,13 +55,13 @@ class Zygote:
             OSError: there can be none.
         """
         ready = self._make(None)
-        # Or its end, which comes with ours, would be taken for an accident.
+        # Else its end at our exit would be logged as a failure.
         self._at_exit = util.Finalize(None, self.stop, exitpriority=0)
         self._watcher = threading.Thread(target=self._watch, args=(ready,), name="zygote-watch", daemon=True)
         self._watcher.start()
 
     def client(self) -> ZygoteClient:
-        """What to ask for children.
+        """The client to ask for children.
 
         Raises:
             ZygoteUnavailableError: there is none now.
@@ -81,7 +81,7 @@ class Zygote:
         if self._at_exit is not None:
             self._at_exit.cancel()
         with self._lock:
-            self._stopped = True
+            self._stopped.set()
             process = self._process
             self._withdraw("it was stopped")
         if process is not None:
@@ -95,7 +95,7 @@ class Zygote:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         process = _ZygoteProcess(self._environment, theirs, greeting, self._preload, self._hazard)
         with self._lock, theirs, greeting:
-            if self._stopped:
+            if self._stopped.is_set():
                 ours.close()
                 ready.close()
                 return None
@@ -111,12 +111,13 @@ class Zygote:
             process = self._process
             assert process is not None
             made = time.monotonic()
+            process.send_call(self._stopped)
             is_ready = self._is_ready(ready)
             process.join()
             too_soon = not is_ready or time.monotonic() - made < SOON
             early = early + 1 if too_soon else 0
             with self._lock:
-                if self._stopped:
+                if self._stopped.is_set():
                     return
                 self._withdraw("it has ended")
             logger.warning("The zygote (pid %s) ended with %s", process.pid, process.exitcode)
@@ -133,7 +134,7 @@ class Zygote:
         with ready, contextlib.suppress(EOFError, OSError):
             ready.recv_bytes()
             with self._lock:
-                if not self._stopped:
+                if not self._stopped.is_set():
                     self._why_not = None
             return True
         return False
@@ -146,9 +147,12 @@ class Zygote:
 
 class _ZygoteProcess(SpawnProcess):
     def __init__(self, environment: Mapping[str, str], *args: object) -> None:
-        # A daemon, or multiprocessing would wait for it when this process ends, and it for that.
+        # A daemon: else multiprocessing would wait at exit for a process that waits for our end.
         super().__init__(target=serve, args=(*args, popen.Alive()), name="Zygote", daemon=True)
         self._environment = environment
 
     def _Popen(self, process: SpawnProcess) -> popen.SpawnPopen:  # type: ignore[override]  # noqa: N802
         return popen.SpawnPopen(process, self.__dict__.pop("_environment"))
+
+    def send_call(self, cancelled: threading.Event) -> None:
+        self._popen.send_call(cancelled)  # type: ignore[attr-defined]

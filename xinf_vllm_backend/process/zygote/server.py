@@ -1,4 +1,4 @@
-"""What the zygote runs: it imports, then forks on request and tells how its children end."""
+"""What the zygote runs: it imports, forks on request, and reports the exit codes of its children."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def serve(
     parent = parent_process()
     assert parent is not None and parent.sentinel is not None
     bootstrap.kill_with(parent.sentinel)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for those who have something to end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the model process
     _name("xinf-vllm zygote")
-    gc.disable()  # imports make objects to keep, and a frozen object's page stays shared with the children
+    gc.disable()  # what imports make is kept, and pages of frozen objects stay shared with the children
     preload()
     gc.freeze()
     with ready:
@@ -51,7 +51,7 @@ class _ForkRequest:
     fds: Sequence[int]
 
     def run(self) -> int:
-        """Become what a spawned process is, and run; returns the exit code."""
+        """Set this process up as a spawned one, and run it; returns the exit code."""
         gc.enable()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         with contextlib.suppress(OSError):  # not all of these CPUs are ours
@@ -59,7 +59,7 @@ class _ForkRequest:
         for fd, stream in zip((1, 2), self.streams, strict=True):
             os.dup2(stream, fd)
             os.close(stream)
-        if "numpy" in sys.modules:  # the standard library's generator sees to that itself
+        if "numpy" in sys.modules:  # the standard library's generator does so by itself
             sys.modules["numpy"].random.seed()
         popen.inherited[:] = self.fds
         bootstrap.was_forked = True
@@ -67,16 +67,16 @@ class _ForkRequest:
 
 
 class _Server:
-    """Forks on request and tells how the children end."""
+    """Forks on request, and reports the exit codes of the children."""
 
     def __init__(self, requests: socket.socket, parent: int, alive: int, hazard: Callable[[], str | None]) -> None:
         self._requests = requests
         self._parent = parent
         self._hazard = hazard
-        self._children: dict[int, socket.socket] = {}  # by pid: who is told of their end
+        self._children: dict[int, socket.socket] = {}  # by pid: the sockets that get their exit codes
         self._wakeup, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._fds = (parent, alive, self._wakeup, wakeup)
-        signal.signal(signal.SIGCHLD, lambda *_: None)  # or nothing is written to the pipe
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # without a handler nothing is written to the pipe
         signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
 
     def run(self) -> _ForkRequest | None:
@@ -95,7 +95,7 @@ class _Server:
 
     def _answer(self) -> _ForkRequest | None:
         message, received, _, _ = socket.recv_fds(self._requests, 1 << 16, MAX_FDS + 8, socket.MSG_CMSG_CLOEXEC)
-        if not received:  # nobody is left who could ask
+        if not received:  # no client is left
             raise SystemExit
         status, fds = socket.socket(fileno=received[0]), received[1:]
         pid = self._fork(status)
@@ -116,7 +116,7 @@ class _Server:
     def _fork(self, status: socket.socket) -> int | None:
         with contextlib.suppress(BlockingIOError):
             status.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-            return None  # nobody waits for an answer any more
+            return None  # the client has given up
         threads = len(os.listdir("/proc/self/task"))
         reason = f"it has {threads} threads" if threads > 1 else self._hazard()
         if reason is None:
@@ -130,7 +130,7 @@ class _Server:
         return None
 
     def _leave(self) -> None:
-        """What is the zygote's is not its child's."""
+        """Close in a child what belongs to the zygote."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._requests.close()
@@ -145,13 +145,13 @@ class _Server:
             if pid == 0:
                 return
             status = self._children.pop(pid, None)
-            if status is not None:  # else what an import had started, and left to us
+            if status is not None:  # else a process that an import had started
                 with status:
                     _tell(status, str(os.waitstatus_to_exitcode(how)))
 
 
 def _name(title: str) -> None:
-    # At once: later, when the environment was changed, setproctitle no longer finds where titles of children go.
+    # Before the environment changes: setproctitle has to find where the title goes, also for the children.
     with contextlib.suppress(ImportError):
         import setproctitle
 
@@ -159,5 +159,5 @@ def _name(title: str) -> None:
 
 
 def _tell(asker: socket.socket, message: str) -> None:
-    with contextlib.suppress(OSError):  # it is gone, and needs no answer
+    with contextlib.suppress(OSError):  # the client is gone
         asker.send(message.encode()[:4000], socket.MSG_DONTWAIT)
