@@ -1,4 +1,4 @@
-"""What ``xinf-vllm doctor`` looks at, and what it advises."""
+"""What ``xinf-vllm doctor`` checks and advises."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from packaging.specifiers import SpecifierSet
 
 from .engine import preload
-from .engine.seams import SEAMS, start, version
+from .engine.seams import SEAMS, Seam, start, version
 
 ENTRY = "xinf_vllm_backend:extension"
 XINFERENCE = SpecifierSet(">=4.1,<4.2")
@@ -22,12 +22,21 @@ PYTHON = SpecifierSet(">=3.10")
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing looked at: what was found, whether it is right, and what to do where it is not."""
+    """One thing that was checked.
+
+    Attributes:
+        subject: what it is.
+        found: what was found.
+        ok: False where launches or requests fail because of it.
+        advice: what to do, or what is lost.
+        degraded: whether everything works but something is lost.
+    """
 
     subject: str
     found: str
     ok: bool = True
     advice: str = ""
+    degraded: bool = False
 
     def as_dict(self) -> dict[str, str | bool]:
         return dataclasses.asdict(self)
@@ -40,12 +49,12 @@ def examine() -> list[Finding]:
 
 
 def table(findings: list[Finding]) -> str:
-    """The findings for a person, one row each."""
+    """The findings as text, one row each."""
     from tabulate import tabulate
 
     rows = [
         (
-            "ok" if finding.ok else "WRONG",
+            "WRONG" if not finding.ok else "degraded" if finding.degraded else "ok",
             finding.subject,
             textwrap.fill(finding.found, 60),
             textwrap.fill(finding.advice, 50),
@@ -103,8 +112,15 @@ def _classes_behind_vllm() -> set[str]:
 def _seams() -> Iterator[Finding]:
     for seam in SEAMS:
         there = seam.present()
-        advice = "" if there else f"without it {seam.without}; use a vLLM in {version.SUPPORTED}"
-        yield Finding(f"seam {seam.name}", f"for {seam.used_for}" if there else "gone", there, advice)
+        found = f"for {seam.used_for}" if there else "gone"
+        advice = "" if there else f"without it: {seam.without}" + _remedy(seam)
+        yield Finding(f"seam {seam.name}", found, there or not seam.vital, advice, not there and not seam.vital)
+
+
+def _remedy(seam: Seam) -> str:
+    if not version.is_supported(version.version() or "", version.SUPPORTED):
+        return f"; use a vLLM in {version.SUPPORTED}"
+    return f"; report it, and use another vLLM in {version.SUPPORTED}" if seam.vital else ""
 
 
 def _start_method() -> Finding:

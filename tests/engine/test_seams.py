@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from xinf_vllm_backend.engine.seams import SEAMS, Seam, child, exceptions, start, version
+from xinf_vllm_backend.engine.seams import (
+    SEAMS,
+    Seam,
+    child,
+    exceptions,
+    resuming,
+    start,
+    version,
+)
 from xinf_vllm_backend.process.context import EngineContext
 
 pytestmark = pytest.mark.engine
@@ -50,3 +60,27 @@ def test_the_engine_class_that_xinference_looks_up_can_be_replaced_for_a_while()
     with start.engine_made_by(lambda args: ("made from", args)):
         assert async_llm_engine.AsyncLLMEngine.from_engine_args("these") == ("made from", "these")
     assert async_llm_engine.AsyncLLMEngine is before
+
+
+def test_multimodal_inputs_are_kept_in_the_frontend_where_vllm_looks_up_the_kind_of_their_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    monkeypatch.setattr(MULTIMODAL_REGISTRY, "supports_multimodal_inputs", lambda config: True, raising=False)
+    cache = SimpleNamespace(mm_processor_cache_gb=1, mm_processor_cache_type="lru")
+    model = SimpleNamespace(supports_multimodal_inputs=True, get_multimodal_config=lambda: cache)
+    parallel = SimpleNamespace(_api_process_count=1, data_parallel_size=1, data_parallel_external_lb=False)
+    assert resuming.INPUTS.wrap(resuming.cache_in_frontend)
+    assert _engine_receiver_cache()(SimpleNamespace(model_config=model, parallel_config=parallel)) is None
+
+
+def _engine_receiver_cache() -> Any:
+    """What EngineCore asks for its own cache of multimodal inputs."""
+    try:
+        from vllm.multimodal.cache import engine_receiver_cache_from_config
+    except ImportError:  # before 0.31
+        from vllm.multimodal import MULTIMODAL_REGISTRY
+
+        return MULTIMODAL_REGISTRY.engine_receiver_cache_from_config
+    return engine_receiver_cache_from_config

@@ -20,6 +20,16 @@ from xinf_vllm_backend.errors import UnsupportedVersionError
 from xinf_vllm_backend.process.context import EngineContext
 
 TIMEOUT = 10.0
+# What AsyncLLM finds at our client as at vLLM's own, and names that others have, too.
+COMMON = {"add_request_async", "abort_requests_async", "get_output_async", "resources", "shutdown"} | {
+    "multiprocessing",
+    "outputs",
+    "request_id",
+    "models",
+    "put",
+    "seed",
+}
+IMPORTERS = ("import_module", "__import__", "find_spec")
 
 
 @pytest.fixture
@@ -89,6 +99,45 @@ class TestASeam:
         assert self.SEAM.wrap(wrapper)
         assert Worker().load("weights") == "loaded weights"
         assert calls == ["weights"]
+
+    def test_a_seam_that_moved_is_found_and_wrapped_where_it_is(self, put: Any) -> None:
+        seam = Seam("vllm.worker", "Worker.load", "showing something", "it is not shown", moved=(("vllm.new", "load"),))
+        put("vllm.worker", Worker=SimpleNamespace())
+        module = put("vllm.new", load=lambda: "loaded")
+        assert seam.present()
+        assert seam.name == "vllm.new.load"
+        assert seam.owner() is module
+        assert seam.wrap(lambda original: lambda: f"really {original()}")
+        assert module.load() == "really loaded"
+
+    def test_a_seam_that_is_in_no_place_is_named_after_the_first(self) -> None:
+        seam = Seam("vllm.worker", "Worker.load", "showing something", "it is not shown", moved=(("vllm.new", "load"),))
+        assert not seam.present()
+        assert seam.name == "vllm.worker.Worker.load"
+
+    def test_a_seam_is_gone_when_a_member_is_and_stays_when_it_is_wrapped(self, put: Any) -> None:
+        class Resources:
+            def __init__(self) -> None:
+                self.ctx = None
+
+        put("vllm.worker", Resources=Resources)
+        with_member = Seam("vllm.worker", "Resources", "showing something", "it is not shown", members=("ctx",))
+        without = Seam("vllm.worker", "Resources", "showing something", "it is not shown", members=("ctx", "sockets"))
+        assert (with_member.present(), without.present()) == (True, False)
+        assert with_member.wrap(lambda original: lambda: original())
+        assert with_member.present()
+        assert without.name == "vllm.worker.Resources (ctx, sockets)"
+
+    def test_a_seam_may_be_an_attribute_of_instances_alone(self, put: Any) -> None:
+        class Base:
+            def __init__(self) -> None:
+                self.task = None
+
+        class Engine(Base): ...
+
+        put("vllm.worker", Engine=Engine)
+        assert Seam("vllm.worker", "Engine.task", "showing something", "it is not shown").present()
+        assert not Seam("vllm.worker", "Engine.queue", "showing something", "it is not shown").present()
 
     def test_says_what_it_is_for_and_what_is_lost_without_it(self) -> None:
         assert all(seam.used_for and seam.without for seam in SEAMS)

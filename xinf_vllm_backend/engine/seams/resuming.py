@@ -124,7 +124,14 @@ INPUTS = Seam(
     "vllm.multimodal.registry",
     "MultiModalRegistry._get_cache_type",
     "multimodal requests that go on after their engine died",
-    "one whose input had been sent before, with another, fails",
+    "one whose input was also in an earlier request fails",
+    moved=(("vllm.multimodal.cache.factories", "_get_cache_type"),),  # since 0.31
+)
+SENDER_CACHE = Seam(
+    "vllm.renderers.base",
+    "BaseRenderer.clear_mm_cache_async",
+    INPUTS.used_for + ", without the name above",
+    INPUTS.without,
 )
 
 
