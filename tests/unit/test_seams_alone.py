@@ -5,16 +5,21 @@ The vLLM here is made of stubs; that the installed one has the names is for the 
 
 from __future__ import annotations
 
+import ast
 import multiprocessing
 import os
 import sys
 import threading
+from collections.abc import Iterator
+from enum import IntEnum
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-from xinf_vllm_backend.engine.seams import SEAMS, Seam, child, start, version
+import xinf_vllm_backend
+from xinf_vllm_backend.engine.seams import SEAMS, Seam, child, core_client, start, version
 from xinf_vllm_backend.engine.seams.start import CONTEXT, INSPECTION
 from xinf_vllm_backend.errors import UnsupportedVersionError
 from xinf_vllm_backend.process.context import EngineContext
@@ -30,6 +35,15 @@ COMMON = {"add_request_async", "abort_requests_async", "get_output_async", "reso
     "seed",
 }
 IMPORTERS = ("import_module", "__import__", "find_spec")
+
+
+class FinishReason(IntEnum):
+    """As vLLM's: a number that is written as a word."""
+
+    ABORT = 2
+
+    def __str__(self) -> str:
+        return self.name.lower()
 
 
 @pytest.fixture
@@ -288,3 +302,59 @@ class TestWhoMakesTheEngine:
         with pytest.raises(ValueError, match="no room"), start.engine_made_by(lambda args: None):
             raise ValueError("no room")
         assert module.AsyncLLMEngine is original
+
+
+class TestOutputs:
+    OUTPUTS = (
+        SimpleNamespace(request_id="a", new_token_ids=[1, 2], finish_reason=None),
+        SimpleNamespace(request_id="b", new_token_ids=[], finish_reason=FinishReason.ABORT),
+    )
+
+    def test_outputs_are_told_as_ids_tokens_and_the_reason_in_words(self) -> None:
+        assert list(core_client.delivered(self.OUTPUTS)) == [("a", [1, 2], None), ("b", [], "abort")]
+
+    def test_outputs_of_some_requests_can_be_dropped(self) -> None:
+        outputs = SimpleNamespace(outputs=list(self.OUTPUTS))
+        core_client.drop(outputs, {"a"})
+        assert [output.request_id for output in outputs.outputs] == ["b"]
+
+    def test_a_request_is_identified_by_two_ids(self) -> None:
+        assert core_client.identify(SimpleNamespace(request_id="a-1", external_req_id="a")) == ("a-1", "a")
+        assert core_client.identify(SimpleNamespace(request_id="a-1", external_req_id=None)) == ("a-1", "a-1")
+
+
+class TestPrivateNames:
+    def test_no_module_outside_the_seams_imports_vllm(self) -> None:
+        package = Path(xinf_vllm_backend.__file__).parent
+        found = {
+            f"{path.relative_to(package)}: {name}"
+            for path in package.rglob("*.py")
+            if not path.is_relative_to(package / "engine" / "seams")
+            for name in imported(path)
+            if name.partition(".")[0] == "vllm"
+        }
+        assert found == set()
+
+    def test_no_module_outside_the_seams_reads_a_private_name(self) -> None:
+        package = Path(xinf_vllm_backend.__file__).parent
+        private = {seam.attribute.rpartition(".")[2] for seam in SEAMS} | {name for s in SEAMS for name in s.members}
+        assert private > COMMON
+        found = {
+            f"{path.relative_to(package)}: {node.attr}"
+            for path in (package / "engine").rglob("*.py")
+            if not path.is_relative_to(package / "engine" / "seams")
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Attribute) and node.attr in private - COMMON
+        }
+        assert found == set()
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The absolute names of modules that the file imports, or names in a call that imports or finds one."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module or ""
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in IMPORTERS:
+            yield from (arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str))

@@ -1,4 +1,4 @@
-"""AsyncLLM, its client of EngineCore, and what that client holds in this process."""
+"""AsyncLLM, its client of EngineCore, and what passes between them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import functools
 import importlib
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -26,12 +26,29 @@ _wrap_client: ContextVar[Callable[[Any], Any]] = ContextVar("what takes the plac
 _resources: ContextVar[list[Any]] = ContextVar("resources of the clients of EngineCore that were made")
 
 
+ENGINE = Seam(
+    "vllm.v1.engine.async_llm",
+    "AsyncLLM",
+    "serving",
+    "no launch works",
+    members=("from_engine_args", "engine_core", "output_processor", "shutdown"),
+    vital=True,
+)
 CLIENT = Seam(
     "vllm.v1.engine.core_client",
     "EngineCoreClient.make_async_mp_client",
     "restarting an engine in place, its requests going on",
     "an engine that died ends its model process, and Xinference starts the model again",
 )
+CALLS = Seam(
+    "vllm.v1.engine.core_client",
+    "AsyncMPClient",
+    "sending requests and receiving their outputs",
+    "no request is served",
+    members=("add_request_async", "abort_requests_async", "get_output_async", "shutdown", "resources"),
+    vital=True,
+)
+EXECUTOR = Seam("vllm.v1.executor.abstract", "Executor.get_class", CLIENT.used_for, CLIENT.without)
 
 
 @contextlib.contextmanager
@@ -83,8 +100,21 @@ def make_client(engine_args: Any) -> Any:
     )
 
 
+def client_of(engine: Any) -> Any:
+    """The client of EngineCore that ``engine``, an AsyncLLM, has."""
+    return engine.engine_core
+
+
+OUTPUTS_QUEUE = Seam(
+    "vllm.v1.engine.core_client",
+    "AsyncMPClient.outputs_queue",
+    "ending the wait for outputs of a hung engine",
+    "it ends when vLLM sees the engine die",
+)
+
+
 def wake(client: Any) -> None:
-    """Have whoever waits for an output of ``client`` wait no longer."""
+    """End the wait for an output of ``client``, with an error."""
     queue = getattr(client, "outputs_queue", None)
     if queue is not None:
         queue.put_nowait(RuntimeError("the engine is gone"))
@@ -95,22 +125,10 @@ def is_dead(client: Any) -> bool:
     return bool(getattr(getattr(client, "resources", None), "engine_dead", False))
 
 
-def identify(request: Any) -> tuple[str, str]:
-    """vLLM's internal id of an ``EngineCoreRequest``, and the id by which the client knows it."""
-    return request.request_id, request.external_req_id or request.request_id
-
-
-def prompt_length(request: Any) -> int | None:
-    """Number of tokens in the prompt of an ``EngineCoreRequest``; None for a prompt of embeddings."""
-    tokens = request.prompt_token_ids
-    return None if tokens is None else len(tokens)
-
-
-def delivered(outputs: Iterable[Any]) -> Iterator[tuple[str, list[int], str | None]]:
-    """Of each ``EngineCoreOutput`` its request's id, its new token ids, and the finish reason of a last one."""
-    for output in outputs:
-        finished = output.finish_reason
-        yield output.request_id, output.new_token_ids, None if finished is None else str(finished)
+async def ask_sign_of_life(client: Any) -> None:
+    """Return when EngineCore answers, between two steps; whatever it answers is a sign of life."""
+    with contextlib.suppress(Exception):
+        await client.is_scheduler_paused_async()
 
 
 def output_task_error(engine: Any) -> BaseException | None:
@@ -121,17 +139,69 @@ def output_task_error(engine: Any) -> BaseException | None:
     return RuntimeError("it was cancelled") if task.cancelled() else task.exception() or RuntimeError("it returned")
 
 
-async def ask_sign_of_life(client: Any) -> None:
-    """Return when EngineCore answers, between two steps; whatever it answers is a sign of life."""
-    with contextlib.suppress(Exception):
-        await client.is_scheduler_paused_async()
+REQUEST = Seam(
+    "vllm.v1.engine",
+    "EngineCoreRequest",
+    "telling requests apart",
+    "no request is served",
+    members=("request_id", "external_req_id"),
+    vital=True,
+)
+
+
+def identify(request: Any) -> tuple[str, str]:
+    """The internal id of an ``EngineCoreRequest``, and the id by which its client knows it."""
+    return request.request_id, request.external_req_id or request.request_id
+
+
+def prompt_length(request: Any) -> int | None:
+    """Number of tokens in the prompt of an ``EngineCoreRequest``; None for a prompt of embeddings."""
+    tokens = request.prompt_token_ids
+    return None if tokens is None else len(tokens)
+
+
+LORA = Seam(
+    "vllm.lora.request",
+    "LoRARequest.lora_int_id",
+    "LoRA adapters that a restarted engine has again",
+    "adapters cannot be added while an engine runs",
+)
+
+
+def lora_id(request: Any) -> int:
+    """The id of the adapter of a ``LoRARequest``."""
+    return request.lora_int_id
+
+
+OUTPUT = Seam(
+    "vllm.v1.engine",
+    "EngineCoreOutput",
+    "noting what requests have been given",
+    "no request is served",
+    members=("request_id", "new_token_ids", "finish_reason"),
+    vital=True,
+)
+OUTPUTS = Seam("vllm.v1.engine", "EngineCoreOutputs.outputs", OUTPUT.used_for, OUTPUT.without, vital=True)
+
+
+def delivered(outputs: Iterable[Any]) -> Iterator[tuple[str, list[int], str | None]]:
+    """Of each ``EngineCoreOutput``: the request's internal id, the new token ids, and the reason if it is the last."""
+    for output in outputs:
+        reason = output.finish_reason
+        yield output.request_id, output.new_token_ids, None if reason is None else str(reason)
+
+
+def drop(outputs: Any, request_ids: Collection[str]) -> None:
+    """Take the outputs of the requests ``request_ids``, internal ids, out of an ``EngineCoreOutputs``."""
+    outputs.outputs = [output for output in outputs.outputs if output.request_id not in request_ids]
 
 
 RESOURCES = Seam(
     "vllm.v1.engine.core_client",
     "BackgroundResources",
-    "giving back the sockets and threads of an engine that ended",
+    "releasing the sockets and threads of an engine that ended",
     "they are left to the garbage collector, which may wait for them",
+    members=("ctx",),
 )
 
 
@@ -197,6 +267,9 @@ OUTPUT_QUEUE = Seam(
     "RequestOutputCollector.put",
     "ending one request with an error of its own",
     "it ends with the finish reason 'abort'",
+)
+REQUEST_STATES = Seam(
+    "vllm.v1.engine.output_processor", "OutputProcessor.request_states", OUTPUT_QUEUE.used_for, OUTPUT_QUEUE.without
 )
 
 

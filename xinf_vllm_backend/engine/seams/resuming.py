@@ -16,6 +16,35 @@ from ...errors import CannotResumeError
 from .seam import Seam
 
 GIVEN = "xinf_vllm_given"  # in extra_args: how many tokens at the end of the prompt the grammar has to be advanced over
+FAILED = "xinf-vllm-failed-to-resume"  # in the trace headers of an output: its grammar did not take these tokens
+TRANSFER = "kv_transfer_params"  # in extra_args: where the KV cache of the prompt comes from, and goes to
+_PULLS = ("do_remote_prefill", "remote_block_ids")  # there: by which an engine pulls the cache from another
+
+REQUEST = Seam(
+    "vllm.v1.engine",
+    "EngineCoreRequest",
+    "requests that go on after their engine died",
+    "each fails",
+    members=("prompt_token_ids", "mm_features", "prompt_embeds", "resumable"),
+)
+PARAMETERS = Seam(
+    "vllm.sampling_params",
+    "SamplingParams",
+    REQUEST.used_for,
+    REQUEST.without,
+    members=(
+        "max_tokens",
+        "min_tokens",
+        "prompt_logprobs",
+        "structured_outputs",
+        "extra_args",
+        "temperature",
+        "seed",
+        "frequency_penalty",
+        "presence_penalty",
+        "bad_words",
+    ),
+)
 
 
 def continuation(request: Any, tokens: list[int], advances_grammars: bool) -> Any:

@@ -175,10 +175,19 @@ def _send_result(sender: Connection, pickled_fn: bytes) -> None:
     sender.send_bytes(pickle.dumps(pickle.loads(pickled_fn)()))
 
 
+ENGINE_CLASS = Seam(
+    "vllm.engine.async_llm_engine",
+    "AsyncLLMEngine",
+    "replacing the engine that Xinference makes",
+    "no launch works",
+    vital=True,
+)
+
+
 @contextlib.contextmanager
 def engine_made_by(factory: Callable[[Any], Any]) -> Iterator[None]:
-    """Let ``AsyncLLMEngine.from_engine_args(args)``, where it is looked up meanwhile, be ``factory(args)``."""
-    module: Any = importlib.import_module("vllm.engine.async_llm_engine")
+    """Let ``AsyncLLMEngine.from_engine_args(args)`` be ``factory(args)`` inside the context."""
+    module: Any = importlib.import_module(ENGINE_CLASS.module)
     original = module.AsyncLLMEngine
     module.AsyncLLMEngine = SimpleNamespace(from_engine_args=factory)
     try:
