@@ -11,6 +11,30 @@ from xinf_vllm_backend.errors import CannotResumeError
 
 pytestmark = pytest.mark.engine
 
+# Of each of these docs/recovery.md says how it goes on; a new one has to be understood before it is added here.
+KNOWN = {
+    "SamplingParams": """
+        n presence_penalty frequency_penalty repetition_penalty temperature top_p top_k min_p seed stop stop_token_ids
+        ignore_eos max_tokens min_tokens logprobs prompt_logprobs logprob_token_ids flat_logprobs detokenize
+        skip_special_tokens spaces_between_special_tokens include_stop_str_in_output output_kind stream_interval
+        skip_clone output_text_buffer_length _eos_token_id _all_stop_token_ids structured_outputs logit_bias
+        allowed_token_ids extra_args routed_experts_prompt_start bad_words _bad_words_token_ids
+        skip_reading_prefix_cache thinking_token_budget repetition_detection
+        watermarking prompt_logprob_token_ids prompt_logprob_start _watermarking_skipped trace_decode_token_ids
+    """,
+    "EngineCoreRequest": """
+        request_id prompt_token_ids mm_features sampling_params pooling_params arrival_time lora_request cache_salt
+        data_parallel_rank prompt_embeds prompt_is_token_ids client_index current_wave priority trace_headers resumable
+        external_req_id reasoning_ended reasoning_parser_kwargs abort_immediately
+        session_id kv_hints
+    """,
+    "EngineCoreOutput": """
+        request_id new_token_ids new_logprobs new_prompt_logprobs_tensors pooling_output finish_reason stop_reason
+        events kv_transfer_params ec_transfer_params trace_headers prefill_stats routed_experts num_nans_in_logits
+        mm_cache_miss_hashes new_sampling_mask spec_decode_metrics prompt_token_id_logprobs
+    """,
+}
+
 
 def request(mm_features: Any = None, **params: Any) -> Any:
     from vllm import SamplingParams
@@ -46,6 +70,32 @@ def test_what_was_given_nothing_begins_again_as_it_was_asked() -> None:
     asked = request(seed=1, frequency_penalty=1.0)
     assert resuming.continuation(asked, [], True) is asked
     assert resuming.inexact(asked, []) is None
+
+
+@pytest.mark.parametrize("tokens", [[], [4, 5]], ids=["nothing given", "tokens given"])
+def test_no_kv_cache_is_pulled_again_from_another_engine(tokens: list[int]) -> None:
+    transfer = {
+        "do_remote_prefill": True,
+        "do_remote_decode": False,
+        "remote_block_ids": [7],
+        "remote_engine_id": "theirs",
+        "transfer_id": "t",
+    }
+    asked = request(extra_args={"other": 1, "kv_transfer_params": transfer})
+    goes_on = resuming.continuation(asked, tokens, True)
+    assert goes_on.sampling_params.extra_args == {
+        "other": 1,
+        "kv_transfer_params": {"do_remote_decode": False, "remote_engine_id": "theirs", "transfer_id": "t"},
+    }
+    assert asked.sampling_params.extra_args["kv_transfer_params"] is transfer
+    assert transfer["do_remote_prefill"] is True
+
+
+@pytest.mark.parametrize("tokens", [[], [4, 5]], ids=["nothing given", "tokens given"])
+def test_kv_cache_that_another_engine_will_pull_is_offered_again(tokens: list[int]) -> None:
+    offer = {"do_remote_prefill": False, "do_remote_decode": True, "remote_engine_id": None}
+    asked = request(extra_args={"kv_transfer_params": offer})
+    assert resuming.continuation(asked, tokens, True).sampling_params.extra_args == {"kv_transfer_params": offer}
 
 
 def test_a_grammar_is_told_how_far_it_came() -> None:

@@ -58,24 +58,23 @@ def continuation(request: Any, tokens: list[int], advances_grammars: bool) -> An
     Raises:
         CannotResumeError: it cannot; the message says why.
     """
+    try:
+        return _continuation(request, tokens, advances_grammars)
+    except AttributeError as error:  # a field is gone
+        raise _error(request, f"a request to this version of vLLM ({error})") from error
+
+
+def _continuation(request: Any, tokens: list[int], advances_grammars: bool) -> Any:
     if any(feature.data is None for feature in request.mm_features or ()):
         raise _error(request, "multimodal input of which only the engine had a copy")
     if request.resumable:
         raise _error(request, "a prompt that is still being streamed")
-    if not tokens:
-        return request
-    _refuse(request, advances_grammars)
-    params = request.sampling_params
-    rest = copy.copy(params)
-    rest.max_tokens = params.max_tokens - len(tokens)
-    rest.min_tokens = max(0, params.min_tokens - len(tokens))
-    rest.prompt_logprobs = None  # they were delivered with the first token
-    if params.structured_outputs is not None:
-        rest.extra_args = {**(params.extra_args or {}), GIVEN: len(tokens)}
-    resumed = copy.copy(request)
-    resumed.prompt_token_ids = [*request.prompt_token_ids, *tokens]
-    resumed.sampling_params = rest
-    return resumed
+    if tokens:
+        _refuse(request, advances_grammars)
+        prompt = [*request.prompt_token_ids, *tokens]
+        return _with(request, prompt_token_ids=prompt, sampling_params=_rest(request, tokens))
+    recomputed = _recomputed(request.sampling_params)
+    return request if recomputed is request.sampling_params else _with(request, sampling_params=recomputed)
 
 
 def _refuse(request: Any, advances_grammars: bool) -> None:
@@ -92,6 +91,36 @@ def _error(request: Any, what: str) -> CannotResumeError:
         f"The engine died while it worked on the request {request.external_req_id or request.request_id}, and {what} "
         "cannot go on with another; send it again."
     )
+
+
+def _rest(request: Any, tokens: list[int]) -> Any:
+    """The sampling parameters of ``request`` for what is left after ``tokens``."""
+    params = _recomputed(request.sampling_params)
+    rest = _with(
+        params,
+        max_tokens=params.max_tokens - len(tokens),
+        min_tokens=max(0, params.min_tokens - len(tokens)),
+        prompt_logprobs=None,  # they were delivered with the first token
+    )
+    if params.structured_outputs is not None:
+        rest.extra_args = {**(params.extra_args or {}), GIVEN: len(tokens)}
+    return rest
+
+
+def _recomputed(params: Any) -> Any:
+    """``params`` without the KV cache that another engine holds: by now it may be freed, or another request's."""
+    transfer = params is not None and (params.extra_args or {}).get(TRANSFER)
+    if not isinstance(transfer, dict) or not any(transfer.get(name) for name in _PULLS):
+        return params
+    kept = {name: value for name, value in transfer.items() if name not in _PULLS}
+    return _with(params, extra_args={**params.extra_args, TRANSFER: kept})
+
+
+def _with(original: Any, **changes: Any) -> Any:
+    changed = copy.copy(original)
+    for name, value in changes.items():
+        setattr(changed, name, value)
+    return changed
 
 
 def inexact(request: Any, tokens: list[int]) -> str | None:
