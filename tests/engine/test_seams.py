@@ -12,6 +12,7 @@ from xinf_vllm_backend.engine.seams import (
     SEAMS,
     Seam,
     child,
+    core_client,
     exceptions,
     resuming,
     start,
@@ -84,3 +85,12 @@ def _engine_receiver_cache() -> Any:
 
         return MULTIMODAL_REGISTRY.engine_receiver_cache_from_config
     return engine_receiver_cache_from_config
+
+
+def test_the_engine_id_of_a_restart_is_one_that_no_peer_knows() -> None:
+    from vllm.config import KVTransferConfig
+
+    transfer = KVTransferConfig(kv_connector="NixlConnector", kv_role="kv_both")
+    before = transfer.engine_id
+    core_client._renew_engine_id(transfer)
+    assert transfer.engine_id != before

@@ -304,6 +304,52 @@ class TestWhoMakesTheEngine:
         assert module.AsyncLLMEngine is original
 
 
+class TestRestartArguments:
+    @pytest.fixture
+    def made(self, put: Any) -> list[Any]:
+        """The arguments of each engine that is started."""
+        made: list[Any] = []
+        core = SimpleNamespace(make_async_mp_client=lambda vllm_config, **_: made.append(vllm_config))
+        put("vllm.usage.usage_lib", UsageContext=SimpleNamespace(ENGINE_CONTEXT=0))
+        put("vllm.v1.engine.core_client", EngineCoreClient=core)
+        put("vllm.v1.executor.abstract", Executor=SimpleNamespace(get_class=lambda config: None))
+        return made
+
+    class Arguments(SimpleNamespace):
+        disable_log_stats = True
+
+        def create_engine_config(self, context: Any) -> Any:
+            return self
+
+    @pytest.mark.parametrize("as_object", [False, True], ids=["dictionary", "object"])
+    def test_each_restart_has_a_new_engine_id_and_the_original_keeps_its_own(
+        self, as_object: bool, made: list[Any]
+    ) -> None:
+        def fields(transfer: Any) -> dict[str, Any]:
+            return transfer if isinstance(transfer, dict) else vars(transfer)
+
+        transfer: Any = {"kv_connector": "NixlConnector", "engine_id": "mine"}
+        transfer["kv_connector_extra_config"] = {"connectors": [{"kv_connector": "NixlConnector", "engine_id": "part"}]}
+        original = self.Arguments(kv_transfer_config=SimpleNamespace(**transfer) if as_object else transfer)
+        core_client.make_client(original)
+        core_client.make_client(original)
+
+        ids = [fields(arguments.kv_transfer_config)["engine_id"] for arguments in made]
+        parts = [
+            fields(arguments.kv_transfer_config)["kv_connector_extra_config"]["connectors"][0]["engine_id"]
+            for arguments in made
+        ]
+        assert len({"mine", *ids}) == 3
+        assert len({"part", *parts}) == 3
+        assert all(engine_id.startswith("mine-") for engine_id in ids)
+        assert fields(original.kv_transfer_config)["engine_id"] == "mine"
+
+    @pytest.mark.parametrize("transfer", [None, {}, {"kv_connector": "NixlConnector"}])
+    def test_a_restart_gets_no_engine_id_where_vllm_makes_one(self, transfer: Any, made: list[Any]) -> None:
+        core_client.make_client(self.Arguments(kv_transfer_config=transfer))
+        assert made[0].kv_transfer_config == transfer
+
+
 class TestOutputs:
     OUTPUTS = (
         SimpleNamespace(request_id="a", new_token_ids=[1, 2], finish_reason=None),

@@ -8,6 +8,7 @@ import functools
 import importlib
 import logging
 import threading
+import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -83,7 +84,7 @@ def make_async_llm(engine_args: Any) -> Any:
 
 
 def make_client(engine_args: Any) -> Any:
-    """Start the processes of an engine and return vLLM's client of them; blocks until they are ready.
+    """Start the processes of a restarted engine and return vLLM's client of them; blocks until they are ready.
 
     Args:
         engine_args: a ``vllm.AsyncEngineArgs``; it stays as it is: a configuration that is used twice adds up blocks.
@@ -92,7 +93,10 @@ def make_client(engine_args: Any) -> Any:
     from vllm.v1.engine.core_client import EngineCoreClient
     from vllm.v1.executor.abstract import Executor
 
-    config = copy.deepcopy(engine_args).create_engine_config(UsageContext.ENGINE_CONTEXT)
+    engine_args = copy.deepcopy(engine_args)
+    for transfer in ("kv_transfer_config", "ec_transfer_config"):
+        _renew_engine_id(getattr(engine_args, transfer, None))
+    config = engine_args.create_engine_config(UsageContext.ENGINE_CONTEXT)
     return EngineCoreClient.make_async_mp_client(
         vllm_config=config,
         executor_class=Executor.get_class(config),
@@ -103,6 +107,15 @@ def make_client(engine_args: Any) -> Any:
 def client_of(engine: Any) -> Any:
     """The client of EngineCore that ``engine``, an AsyncLLM, has."""
     return engine.engine_core
+
+
+def _renew_engine_id(transfer: Any) -> None:
+    """Give a transfer configuration, an object or a dictionary, an id that no peer has registered for a dead engine."""
+    fields = transfer if isinstance(transfer, dict) else getattr(transfer, "__dict__", {})
+    if fields.get("engine_id"):
+        fields["engine_id"] = f"{fields['engine_id']}-{uuid.uuid4().hex[:8]}"
+    for part in (fields.get("kv_connector_extra_config") or {}).get("connectors", ()):  # of a MultiConnector
+        _renew_engine_id(part)
 
 
 OUTPUTS_QUEUE = Seam(
