@@ -87,6 +87,13 @@ def _engine_receiver_cache() -> Any:
     return engine_receiver_cache_from_config
 
 
+def test_the_client_of_an_engine_has_a_heartbeat() -> None:
+    from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient
+
+    assert core_client.has_heartbeat(AsyncMPClient)
+    assert core_client.has_heartbeat(DPLBAsyncMPClient)
+
+
 def test_the_engine_id_of_a_restart_is_one_that_no_peer_knows() -> None:
     from vllm.config import KVTransferConfig
 

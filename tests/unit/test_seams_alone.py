@@ -6,6 +6,7 @@ The vLLM here is made of stubs; that the installed one has the names is for the 
 from __future__ import annotations
 
 import ast
+import asyncio
 import multiprocessing
 import os
 import sys
@@ -302,6 +303,59 @@ class TestWhoMakesTheEngine:
         with pytest.raises(ValueError, match="no room"), start.engine_made_by(lambda args: None):
             raise ValueError("no room")
         assert module.AsyncLLMEngine is original
+
+
+class Client:
+    """A client of EngineCore whose engine answers the heartbeat with what it is given: a value or an error."""
+
+    def __init__(self, *answers: Any) -> None:
+        self.answers = list(answers)
+
+    async def is_scheduler_paused_async(self) -> Any:
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+class TestHeartbeat:
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            False,
+            True,
+            Exception("Call to is_scheduler_paused method failed"),
+            RuntimeError("Engines returned different"),
+        ],
+        ids=["running", "paused", "an error of the engine", "engines that differ"],
+    )
+    async def test_any_answer_of_an_engine_is_a_sign_of_life(self, answer: Any) -> None:
+        client = Client(answer)
+        assert core_client.has_heartbeat(client)
+        await asyncio.wait_for(core_client.ask_sign_of_life(client), TIMEOUT)
+
+    async def test_a_local_error_is_no_sign_of_life_and_the_engine_is_asked_again(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(core_client, "ASK_INTERVAL", 0.0)
+        client = Client(OSError("the socket is closed"), TypeError("not encodable"), False)
+        await asyncio.wait_for(core_client.ask_sign_of_life(client), TIMEOUT)
+        assert client.answers == []
+
+    async def test_no_sign_of_life_comes_where_the_heartbeat_is_gone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked_again = asyncio.Event()
+
+        async def sleep(seconds: float) -> None:
+            asked_again.set()
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(core_client.asyncio, "sleep", sleep)
+        client = SimpleNamespace()
+        assert not core_client.has_heartbeat(client)
+        asked = asyncio.ensure_future(core_client.ask_sign_of_life(client))
+        await asyncio.wait_for(asked_again.wait(), TIMEOUT)
+        assert not asked.done()
+        asked.cancel()
 
 
 class TestRestartArguments:

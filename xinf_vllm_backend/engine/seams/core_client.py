@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import copy
 import functools
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 RELEASE_TIMEOUT = 2.0  # seconds
+ASK_INTERVAL = 1.0  # seconds between two heartbeats that could not be sent
 _SOCKETS = ("output_socket", "input_socket", "first_req_send_socket", "first_req_rcv_socket", "stats_update_socket")
 
 
@@ -138,10 +140,33 @@ def is_dead(client: Any) -> bool:
     return bool(getattr(getattr(client, "resources", None), "engine_dead", False))
 
 
+HEARTBEAT = Seam(
+    "vllm.v1.engine.core_client",
+    "AsyncMPClient.is_scheduler_paused_async",
+    "asking an engine for a sign of life",
+    "hangs are found by the state and the work of processes alone, while requests are in flight",
+)
+
+
+def has_heartbeat(client: Any) -> bool:
+    """Whether ``client`` can ask its engine for a sign of life."""
+    return hasattr(client, "is_scheduler_paused_async")
+
+
 async def ask_sign_of_life(client: Any) -> None:
-    """Return when EngineCore answers, between two steps; whatever it answers is a sign of life."""
-    with contextlib.suppress(Exception):
-        await client.is_scheduler_paused_async()
+    """Return when EngineCore answers, between two steps; an answer that is an error is a sign of life, too.
+
+    Where it cannot be asked this does not return, so cancel it.
+    """
+    while True:
+        try:
+            await client.is_scheduler_paused_async()
+            return
+        except Exception as error:
+            # vLLM raises what the engine answered as an Exception, and answers that differ as a RuntimeError.
+            if type(error) in (Exception, RuntimeError):
+                return
+            await asyncio.sleep(ASK_INTERVAL)
 
 
 def output_task_error(engine: Any) -> BaseException | None:
