@@ -55,6 +55,21 @@ def request(mm_features: Any = None, **params: Any) -> Any:
     )
 
 
+def knows(*parameters: str) -> bool:
+    from vllm import SamplingParams
+
+    return set(parameters) <= set(SamplingParams.__struct_fields__)
+
+
+@pytest.mark.parametrize("name", ["SamplingParams", "EngineCoreRequest", "EngineCoreOutput"])
+def test_for_every_field_of_a_request_it_is_known_how_it_goes_on(name: str) -> None:
+    from vllm import SamplingParams
+    from vllm.v1 import engine
+
+    installed = SamplingParams if name == "SamplingParams" else getattr(engine, name)
+    assert set(installed.__struct_fields__) - set(KNOWN[name].split()) == set()
+
+
 def test_the_prompt_grows_by_what_was_given_and_the_rest_shrinks() -> None:
     asked = request(min_tokens=3, prompt_logprobs=2, logprobs=1, stop=["x"])
     goes_on = resuming.continuation(asked, [4, 5], True)
@@ -98,6 +113,22 @@ def test_kv_cache_that_another_engine_will_pull_is_offered_again(tokens: list[in
     assert resuming.continuation(asked, tokens, True).sampling_params.extra_args == {"kv_transfer_params": offer}
 
 
+def test_experts_of_tokens_that_were_given_are_not_told_again() -> None:
+    # Those of the prompt came with the first token, those of a token come with the next.
+    assert resuming.continuation(request(), [4, 5], True).sampling_params.routed_experts_prompt_start == 4
+
+
+def test_a_trace_goes_on_behind_what_was_given_and_scores_of_the_prompt_are_not_told_again() -> None:
+    if not knows("trace_decode_token_ids", "prompt_logprob_token_ids"):
+        pytest.skip("the installed vLLM has neither")
+    asked = request()
+    asked.sampling_params.trace_decode_token_ids = [4, 5, 6]
+    asked.sampling_params.prompt_logprob_token_ids = [[1], [2]]
+    params = resuming.continuation(asked, [4, 5], True).sampling_params
+    assert params.trace_decode_token_ids == [6]
+    assert params.prompt_logprob_token_ids is None
+
+
 def test_a_grammar_is_told_how_far_it_came() -> None:
     from vllm.sampling_params import StructuredOutputsParams
 
@@ -136,8 +167,13 @@ def test_what_cannot_be_continued_says_so() -> None:
         ({"presence_penalty": -0.5}, "penalties"),
         ({"repetition_penalty": 1.5}, None),
         ({"bad_words": ["two words"]}, "bad word"),
+        ({"watermarking": True, "temperature": 1.0}, "watermark"),
+        ({"watermarking": True, "temperature": 0.0}, None),
+        ({"watermarking": False, "temperature": 1.0}, None),
     ],
 )
 def test_what_is_not_exact_is_known(params: dict[str, Any], why: str | None) -> None:
+    if not knows(*params):
+        pytest.skip("the installed vLLM has no such parameter")
     found = resuming.inexact(request(**params), [4])
     assert found is None if why is None else why in str(found)

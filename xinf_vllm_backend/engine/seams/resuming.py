@@ -104,6 +104,12 @@ def _rest(request: Any, tokens: list[int]) -> Any:
     )
     if params.structured_outputs is not None:
         rest.extra_args = {**(params.extra_args or {}), GIVEN: len(tokens)}
+    if getattr(params, "prompt_logprob_token_ids", None) is not None:  # since 0.32; delivered, too
+        rest.prompt_logprob_token_ids = None
+    if getattr(params, "trace_decode_token_ids", None):  # since 0.29; the tokens to be given
+        rest.trace_decode_token_ids = params.trace_decode_token_ids[len(tokens) :]
+    if hasattr(params, "routed_experts_prompt_start"):  # of the last token they were never computed
+        rest.routed_experts_prompt_start = len(request.prompt_token_ids) + len(tokens) - 1
     return rest
 
 
@@ -128,11 +134,13 @@ def inexact(request: Any, tokens: list[int]) -> str | None:
     params = request.sampling_params
     if not tokens or params is None:
         return None
+    samples = params.temperature > 0
     for is_set, what in (
-        (params.seed is not None and params.temperature > 0, "the random numbers of its seed begin anew"),
+        (params.seed is not None and samples, "the random numbers of its seed begin again"),
         (params.frequency_penalty or params.presence_penalty, "what it was given no longer counts for its penalties"),
         (params.bad_words, "a bad word may span the cut"),
-        (getattr(params, "repetition_detection", None), "repetitions are counted anew"),
+        (getattr(params, "repetition_detection", None), "repetitions are counted from the cut"),
+        (getattr(params, "watermarking", None) and samples, "the watermark no longer knows what it has marked"),
     ):
         if is_set:
             return what
