@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from xinf_vllm_backend.engine.seams import resuming
+from xinf_vllm_backend.engine.supervisor import EngineSupervisor
 from xinf_vllm_backend.errors import CannotResumeError
 
 pytestmark = pytest.mark.engine
@@ -177,3 +180,28 @@ def test_what_is_not_exact_is_known(params: dict[str, Any], why: str | None) -> 
         pytest.skip("the installed vLLM has no such parameter")
     found = resuming.inexact(request(**params), [4])
     assert found is None if why is None else why in str(found)
+
+
+async def test_a_request_whose_grammar_does_not_accept_what_it_was_given_reads_so_and_others_go_on(
+    make_supervisor: Callable[..., EngineSupervisor],
+) -> None:
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    digits = {"structured_outputs": StructuredOutputsParams(regex="[0-9]+"), "max_tokens": 5}
+    supervisor = make_supervisor()
+    await asyncio.to_thread(supervisor.start)
+
+    async def last(params: SamplingParams, request_id: str) -> Any:
+        async for output in supervisor.generate("The keeper", params, request_id):
+            found = output
+        return found
+
+    begins = asyncio.create_task(last(SamplingParams(**digits), "begins"))
+    with pytest.raises(Exception) as caught:  # vLLM's own, which holds ours
+        await last(SamplingParams(**digits, extra_args={resuming.GIVEN: 2}), "resumed")
+    ours = caught.value.__cause__
+    assert isinstance(ours, CannotResumeError)
+    assert "the request resumed, and structured output that its grammar does not accept cannot go on" in str(ours)
+    assert len((await begins).outputs[0].token_ids) == 5
+    assert supervisor.requests() == 0

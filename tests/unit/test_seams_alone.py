@@ -20,10 +20,12 @@ from typing import Any
 import pytest
 
 import xinf_vllm_backend
-from xinf_vllm_backend.engine.seams import SEAMS, Seam, child, core_client, start, version
+from xinf_vllm_backend.engine.client import EngineClient
+from xinf_vllm_backend.engine.seams import SEAMS, Seam, child, core_client, resuming, start, version
 from xinf_vllm_backend.engine.seams.start import CONTEXT, INSPECTION
-from xinf_vllm_backend.errors import UnsupportedVersionError
+from xinf_vllm_backend.errors import CannotResumeError, UnsupportedVersionError
 from xinf_vllm_backend.process.context import EngineContext
+from xinf_vllm_backend.settings import Settings
 
 TIMEOUT = 10.0
 # What AsyncLLM finds at our client as at vLLM's own, and names that others have, too.
@@ -421,6 +423,72 @@ class TestOutputs:
     def test_a_request_is_identified_by_two_ids(self) -> None:
         assert core_client.identify(SimpleNamespace(request_id="a-1", external_req_id="a")) == ("a-1", "a")
         assert core_client.identify(SimpleNamespace(request_id="a-1", external_req_id=None)) == ("a-1", "a-1")
+
+
+class TestRefusedTokens:
+    class Grammar:
+        def __init__(self, accepted: bool) -> None:
+            self.accepted = accepted
+
+        def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
+            return self.accepted
+
+    @staticmethod
+    def request(given: int) -> Any:
+        params = SimpleNamespace(extra_args={resuming.GIVEN: given} if given else None)
+        return SimpleNamespace(
+            request_id="a-1", prompt_token_ids=[1, 2, 3], sampling_params=params, trace_headers={"traceparent": "t"}
+        )
+
+    @staticmethod
+    def output(headers: dict[str, str] | None, reason: int | None = 3) -> Any:
+        return SimpleNamespace(request_id="a-1", new_token_ids=[], finish_reason=reason, trace_headers=headers)
+
+    def test_a_grammar_that_refuses_delivered_tokens_marks_the_outputs_of_its_request(self) -> None:
+        create = resuming.advance_grammar(lambda manager, request: self.Grammar(False))
+        request = self.request(given=2)
+        with pytest.raises(RuntimeError, match="does not match its grammar"):
+            create(SimpleNamespace(), request)
+        assert request.trace_headers["traceparent"] == "t"
+        assert resuming.failed_to_resume(self.output(request.trace_headers))
+        assert not resuming.failed_to_resume(self.output(request.trace_headers, reason=None))
+
+    @pytest.mark.parametrize(("given", "accepted"), [(2, True), (0, False)], ids=["accepted", "nothing given"])
+    def test_a_grammar_that_accepts_or_begins_marks_nothing(self, given: int, accepted: bool) -> None:
+        grammar = self.Grammar(accepted)
+        request = self.request(given)
+        assert resuming.advance_grammar(lambda manager, request: grammar)(SimpleNamespace(), request) is grammar
+        assert not resuming.failed_to_resume(self.output(request.trace_headers))
+        assert not resuming.failed_to_resume(self.output(None))
+
+    def test_a_grammar_that_cannot_be_compiled_marks_nothing(self) -> None:
+        def fails(manager: Any, request: Any) -> Any:
+            raise ValueError("not a grammar")
+
+        request = self.request(given=0)
+        with pytest.raises(ValueError, match="not a grammar"):
+            resuming.advance_grammar(fails)(SimpleNamespace(), request)
+        assert not resuming.failed_to_resume(self.output(request.trace_headers))
+
+    async def test_a_marked_output_ends_its_request_alone_with_a_sentence(self) -> None:
+        outputs = SimpleNamespace(outputs=[self.output({resuming.FAILED: "1"}), *TestOutputs.OUTPUTS[:1]])
+
+        class Core:
+            async def add_request_async(self, request: Any) -> None: ...
+
+            async def get_output_async(self) -> Any:
+                return outputs
+
+        failed: dict[str, Exception] = {}
+        client = EngineClient("tiny", Settings.resolve({}), failed.__setitem__)
+        client.attach(Core())
+        for request_id in ("a-1", "a"):
+            await client.add_request_async(SimpleNamespace(request_id=request_id, external_req_id=request_id))
+        received = await asyncio.wait_for(client.get_output_async(), TIMEOUT)
+        assert [output.request_id for output in received.outputs] == ["a"]
+        assert [entry.id for entry in client.journal] == ["a"]
+        assert isinstance(failed["a-1"], CannotResumeError)
+        assert "a-1, and structured output that its grammar does not accept cannot go on" in str(failed["a-1"])
 
 
 class TestPrivateNames:

@@ -275,10 +275,19 @@ class EngineClient:
                     self._found_dead(core)
                 continue
             if core is self._core:
+                self._end_unresumable(outputs)
                 if aborted := self.journal.deliver(core_client.delivered(outputs.outputs)):
                     core_client.drop(outputs, aborted)
                     self._found_dead(core)  # it is ending, and its requests go on elsewhere
                 return outputs
+
+    def _end_unresumable(self, outputs: Any) -> None:
+        failed = resuming.failed(outputs)
+        if failed:
+            core_client.drop(outputs, failed)
+            for entry in self.journal:
+                if entry.id in failed:
+                    self._end(entry, resuming.unresumable(entry.request))
 
     def shutdown(self, timeout: float | None = None) -> None:
         if self._last is not None:

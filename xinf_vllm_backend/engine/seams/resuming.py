@@ -153,6 +153,18 @@ GRAMMAR = Seam(
     "structured output that goes on after its engine died",
     "such a request fails if it had begun",
 )
+REASONER = Seam(
+    "vllm.v1.structured_output",
+    "StructuredOutputManager._get_reasoner",
+    "structured output behind reasoning that goes on after its engine died",
+    GRAMMAR.without,
+)
+HEADERS = Seam(
+    "vllm.v1.engine",
+    "EngineCoreOutput.trace_headers",
+    "telling why structured output does not go on after its engine died",
+    "it ends with the finish reason 'error'",
+)
 
 
 def advance_grammar(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -160,15 +172,24 @@ def advance_grammar(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def create(manager: Any, request: Any) -> Any:
-        grammar = original(manager, request)
         given = (request.sampling_params.extra_args or {}).get(GIVEN, 0)
-        tokens = request.prompt_token_ids[len(request.prompt_token_ids) - given :]
-        tokens = tokens[_reasoned(manager, request, tokens) :]
-        if tokens and not grammar.accept_tokens(request.request_id, tokens):
-            raise RuntimeError("the structured output so far does not match its grammar")
-        return grammar
+        if not given:
+            return original(manager, request)
+        try:
+            return _advance(manager, request, original(manager, request), request.prompt_token_ids[-given:])
+        except Exception:
+            # vLLM ends the request with the finish reason "error" alone, but hands its trace headers on.
+            request.trace_headers = {**(request.trace_headers or {}), FAILED: "1"}
+            raise
 
     return create
+
+
+def _advance(manager: Any, request: Any, grammar: Any, given: list[int]) -> Any:
+    tokens = given[_reasoned(manager, request, given) :]
+    if tokens and not grammar.accept_tokens(request.request_id, tokens):
+        raise RuntimeError("the structured output so far does not match its grammar")
+    return grammar
 
 
 def _reasoned(manager: Any, request: Any, given: list[int]) -> int:
@@ -184,6 +205,21 @@ def _reasoned(manager: Any, request: Any, given: list[int]) -> int:
         if reasoner.is_reasoning_end_streaming(so_far, [token]):
             return count
     return len(given)
+
+
+def failed_to_resume(output: Any) -> bool:
+    """Whether an ``EngineCoreOutput`` ends a request because it could not go on where its engine died."""
+    return output.finish_reason is not None and FAILED in (getattr(output, "trace_headers", None) or ())
+
+
+def failed(outputs: Any) -> set[str]:
+    """The internal ids of the requests of which that is said in an ``EngineCoreOutputs``."""
+    return {output.request_id for output in outputs.outputs if failed_to_resume(output)}
+
+
+def unresumable(request: Any) -> CannotResumeError:
+    """What the client of such a request reads."""
+    return _error(request, "structured output that its grammar does not accept")
 
 
 INPUTS = Seam(
