@@ -116,6 +116,16 @@ def test_kv_cache_that_another_engine_will_pull_is_offered_again(tokens: list[in
     assert resuming.continuation(asked, tokens, True).sampling_params.extra_args == {"kv_transfer_params": offer}
 
 
+@pytest.mark.parametrize(("before", "after"), [(False, None), (True, True), (None, None)])
+def test_that_reasoning_had_not_ended_in_the_prompt_says_nothing_of_what_was_given(
+    before: bool | None, after: bool | None
+) -> None:
+    asked = request()
+    asked.reasoning_ended = before
+    assert resuming.continuation(asked, [4], True).reasoning_ended is after
+    assert resuming.continuation(asked, [], True).reasoning_ended is before
+
+
 def test_experts_of_tokens_that_were_given_are_not_told_again() -> None:
     # Those of the prompt came with the first token, those of a token come with the next.
     assert resuming.continuation(request(), [4, 5], True).sampling_params.routed_experts_prompt_start == 4

@@ -491,6 +491,49 @@ class TestRefusedTokens:
         assert "a-1, and structured output that its grammar does not accept cannot go on" in str(failed["a-1"])
 
 
+class TestReasoningEnd:
+    """Of six tokens the last four were given, and 9 ends the reasoning."""
+
+    class Reasoner:
+        def is_reasoning_end(self, tokens: list[int]) -> bool:
+            return 9 in tokens
+
+        def is_reasoning_end_streaming(self, tokens: list[int], delta: list[int]) -> bool:
+            return 9 in delta
+
+    class NewReasoner(Reasoner):
+        """As since 0.31, where a token of the content may end the reasoning, too."""
+
+        reasoning_end_token_ids = frozenset({8, 9})
+
+        def find_reasoning_end(self, tokens: list[int]) -> Any:
+            found = next(((offset, token) for offset, token in enumerate(tokens) if token in (8, 9)), (len(tokens), 9))
+            return SimpleNamespace(offset=found[0], implicit=found[1] == 8)
+
+    @pytest.mark.parametrize(
+        ("reasoner", "prompt", "grammars"),
+        [
+            (Reasoner(), [1, 2, 3, 9, 4, 5], [4, 5]),
+            (Reasoner(), [1, 2, 3, 4, 5, 6], []),
+            (Reasoner(), [1, 9, 3, 4, 5, 6], [3, 4, 5, 6]),
+            (NewReasoner(), [1, 2, 3, 9, 4, 5], [4, 5]),
+            (NewReasoner(), [1, 2, 3, 8, 4, 5], [8, 4, 5]),
+            (NewReasoner(), [1, 2, 3, 4, 5, 6], []),
+        ],
+        ids=["a marker", "nowhere", "before", "a marker, 0.31", "a token of the content, 0.31", "nowhere, 0.31"],
+    )
+    def test_a_grammar_is_advanced_over_what_follows_the_reasoning(
+        self, reasoner: Any, prompt: list[int], grammars: list[int]
+    ) -> None:
+        accepted: list[int] = []
+        grammar = SimpleNamespace(accept_tokens=lambda request_id, tokens: accepted.extend(tokens) or True)
+        manager = SimpleNamespace(_get_reasoner=lambda request: reasoner)
+        params = SimpleNamespace(extra_args={resuming.GIVEN: 4})
+        request = SimpleNamespace(request_id="a-1", prompt_token_ids=prompt, sampling_params=params, trace_headers=None)
+        resuming.advance_grammar(lambda manager, request: grammar)(manager, request)
+        assert accepted == grammars
+
+
 class TestPrivateNames:
     def test_no_module_outside_the_seams_imports_vllm(self) -> None:
         package = Path(xinf_vllm_backend.__file__).parent

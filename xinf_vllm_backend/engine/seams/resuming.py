@@ -72,7 +72,10 @@ def _continuation(request: Any, tokens: list[int], advances_grammars: bool) -> A
     if tokens:
         _refuse(request, advances_grammars)
         prompt = [*request.prompt_token_ids, *tokens]
-        return _with(request, prompt_token_ids=prompt, sampling_params=_rest(request, tokens))
+        resumed = _with(request, prompt_token_ids=prompt, sampling_params=_rest(request, tokens))
+        if getattr(request, "reasoning_ended", None) is False:
+            resumed.reasoning_ended = None  # that was about the first prompt; of this one the engine finds out
+        return resumed
     recomputed = _recomputed(request.sampling_params)
     return request if recomputed is request.sampling_params else _with(request, sampling_params=recomputed)
 
@@ -200,6 +203,9 @@ def _reasoned(manager: Any, request: Any, given: list[int]) -> int:
     so_far = request.prompt_token_ids[: len(request.prompt_token_ids) - len(given)]
     if reasoner.is_reasoning_end(so_far):
         return 0
+    if getattr(reasoner, "reasoning_end_token_ids", None) and hasattr(reasoner, "find_reasoning_end"):  # since 0.31
+        end = reasoner.find_reasoning_end(given)
+        return end.offset if end.implicit else end.offset + 1
     for count, token in enumerate(given, 1):
         so_far.append(token)
         if reasoner.is_reasoning_end_streaming(so_far, [token]):
