@@ -14,6 +14,7 @@ from xinf_vllm_backend.engine.seams import (
     child,
     core_client,
     exceptions,
+    platform,
     resuming,
     start,
     version,
@@ -85,6 +86,17 @@ def _engine_receiver_cache() -> Any:
 
         return MULTIMODAL_REGISTRY.engine_receiver_cache_from_config
     return engine_receiver_cache_from_config
+
+
+def test_a_worker_is_known_by_its_title_whatever_the_prefix_of_process_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.utils.system_utils import set_process_title
+
+    titles: list[str] = []
+    monkeypatch.setattr("setproctitle.setproctitle", titles.append)
+    for prefix in ("VLLM", "mine"):
+        for name in ("Worker_TP0", "EngineCore"):
+            set_process_title(name, prefix=prefix)
+    assert [platform.WORKER in title for title in titles] == [True, False, True, False]
 
 
 def test_the_client_of_an_engine_has_a_heartbeat() -> None:

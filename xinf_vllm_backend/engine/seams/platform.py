@@ -1,4 +1,4 @@
-"""The build of vLLM on this host, its devices, its modules, and the variables that it reads."""
+"""The installed build of vLLM, its devices, its modules, and the variables that it reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from ...process import ports
 from .seam import Seam
 
-WORKER = "VLLM::Worker"  # in the title of each Worker that is a process of its own
+WORKER = "::Worker"  # in the title of each Worker process, behind VLLM_PROCESS_NAME_PREFIX
 CUDA_COMPATIBILITY = "VLLM_ENABLE_CUDA_COMPATIBILITY"  # makes vLLM extend LD_LIBRARY_PATH when it is imported
 
 
