@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from types import SimpleNamespace
 from typing import Any
@@ -113,3 +114,19 @@ def test_the_engine_id_of_a_restart_is_one_that_no_peer_knows() -> None:
     before = transfer.engine_id
     core_client._renew_engine_id(transfer)
     assert transfer.engine_id != before
+
+
+async def test_the_task_that_reads_outputs_is_seen_when_it_ends() -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    async def no_more() -> None:
+        raise RuntimeError("no more outputs")
+
+    engine = AsyncLLM.__new__(AsyncLLM)  # as it is before its first request
+    engine.output_handler = None
+    assert core_client.output_task_error(engine) is None
+    engine.output_handler = asyncio.ensure_future(no_more())
+    assert core_client.output_task_error(engine) is None
+    await asyncio.wait([engine.output_handler], timeout=10)
+    assert str(core_client.output_task_error(engine)) == "no more outputs"
+    assert not engine.is_running  # vLLM itself tells it by the same name

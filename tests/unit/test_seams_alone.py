@@ -360,6 +360,31 @@ class TestHeartbeat:
         asked.cancel()
 
 
+class TestOutputTask:
+    @pytest.mark.parametrize("engine", [SimpleNamespace(), SimpleNamespace(output_handler=None)])
+    def test_the_output_task_has_no_error_before_it_begins_or_where_it_is_gone(self, engine: Any) -> None:
+        assert core_client.output_task_error(engine) is None
+
+    async def test_the_output_task_has_an_error_once_it_ended_in_whatever_way(self) -> None:
+        async def ends(error: Exception | None) -> None:
+            if error is not None:
+                raise error
+
+        async def runs() -> None:
+            await asyncio.Event().wait()
+
+        returned, raised = asyncio.ensure_future(ends(None)), asyncio.ensure_future(ends(ValueError("no output")))
+        cancelled = asyncio.ensure_future(runs())
+        assert core_client.output_task_error(SimpleNamespace(output_handler=cancelled)) is None
+        cancelled.cancel()
+        await asyncio.wait([returned, raised, cancelled], timeout=TIMEOUT)
+
+        found = [
+            core_client.output_task_error(SimpleNamespace(output_handler=t)) for t in (returned, raised, cancelled)
+        ]
+        assert [type(error) for error in found] == [RuntimeError, ValueError, asyncio.CancelledError]
+
+
 class TestRestartArguments:
     @pytest.fixture
     def made(self, put: Any) -> list[Any]:

@@ -169,12 +169,22 @@ async def ask_sign_of_life(client: Any) -> None:
             await asyncio.sleep(ASK_INTERVAL)
 
 
+OUTPUT_TASK = Seam(
+    "vllm.v1.engine.async_llm",
+    "AsyncLLM.output_handler",
+    "noticing that vLLM no longer reads outputs",
+    "it is noticed by the next request",
+)
+
+
 def output_task_error(engine: Any) -> BaseException | None:
-    """How the task of ``engine``, an AsyncLLM, that reads outputs ended; None while it runs."""
+    """How the task by which ``engine``, an AsyncLLM, reads outputs ended; None while it runs or has not begun."""
     task = getattr(engine, "output_handler", None)
     if task is None or not task.done():
         return None
-    return RuntimeError("it was cancelled") if task.cancelled() else task.exception() or RuntimeError("it returned")
+    if task.cancelled():
+        return asyncio.CancelledError()
+    return task.exception() or RuntimeError("vLLM's task that reads outputs has ended; the log above says why")
 
 
 REQUEST = Seam(
