@@ -43,7 +43,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at everything, in the order in which one thing needs the other."""
+    """Check everything, each thing after those that it needs."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # vLLM logs to stdout, where our findings go
     return [*_versions(), *_extension(), *_seams(), _start_method(), _virtualenv()]
 
@@ -90,8 +90,8 @@ def _extension() -> Iterator[Finding]:
     yield Finding("XINFERENCE_EXTENSIONS", configured)
     try:
         behind = _classes_behind_vllm()
-    except Exception as error:  # whatever it is, it is what Xinference would meet
-        yield Finding('class behind "vLLM"', f"{type(error).__name__}: {error}", False, "mend the import error first")
+    except Exception as error:  # whatever it is, Xinference meets it, too
+        yield Finding('class behind "vLLM"', f"{type(error).__name__}: {error}", False, "fix the import error first")
         return
     foreign = sorted(name for name in behind if not name.startswith(f"{__package__}."))
     ok = bool(behind) and not foreign

@@ -156,8 +156,19 @@ class TestASeam:
         assert Seam("vllm.worker", "Engine.task", "showing something", "it is not shown").present()
         assert not Seam("vllm.worker", "Engine.queue", "showing something", "it is not shown").present()
 
+    def test_each_seam_has_its_row_in_the_documentation(self) -> None:
+        page = (Path(xinf_vllm_backend.__file__).parents[1] / "docs" / "seams.md").read_text()
+        assert [row(seam) for seam in SEAMS if row(seam) not in page] == []
+
     def test_says_what_it_is_for_and_what_is_lost_without_it(self) -> None:
         assert all(seam.used_for and seam.without for seam in SEAMS)
+
+
+def row(seam: Seam) -> str:
+    """The row of ``docs/seams.md``."""
+    places = ", then ".join(f"`{module}.{name}`" for module, name in ((seam.module, seam.attribute), *seam.moved))
+    members = f" ({', '.join(f'`{member}`' for member in seam.members)})" if seam.members else ""
+    return f"| {places}{members} | {seam.used_for} | {seam.without} | {'**broken**' if seam.vital else 'degraded'} |"
 
 
 class TestTheContextOfEngineChildren:

@@ -56,7 +56,7 @@ EXECUTOR = Seam("vllm.v1.executor.abstract", "Executor.get_class", CLIENT.used_f
 
 @contextlib.contextmanager
 def client_replaced_by(wrap: Callable[[Any], Any]) -> Iterator[None]:
-    """Let each client of EngineCore that vLLM makes on this thread be ``wrap(client)``."""
+    """Replace each client of EngineCore that vLLM makes on this thread by ``wrap(client)``."""
     if not CLIENT.wrap(_replace_client):
         logger.warning("vLLM %s has no %s: %s", version(), CLIENT.name, CLIENT.without)
     token = _wrap_client.set(wrap)
@@ -266,19 +266,19 @@ def resources_recorded_in(made: list[Any]) -> Iterator[None]:
 
 def _record_resources(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def noted(*args: Any, **kwargs: Any) -> Any:
+    def recording(*args: Any, **kwargs: Any) -> Any:
         made = original(*args, **kwargs)
         _resources.get([]).append(made)
         return made
 
-    return noted
+    return recording
 
 
 def release(resources: Any) -> None:
-    """Give back what vLLM's client of an engine that is gone holds in this process; blocks for up to 2 s.
+    """Release what vLLM's client of an engine that is gone holds in this process; blocks for up to 2 s.
 
-    vLLM closes its sockets on the loop that they served, which it may miss, and leaves their context to the garbage
-    collector; that would then wait for a socket which is open, for ever, on whatever thread it happens to run.
+    vLLM closes its sockets on the loop that they served, which may be closed by then, and leaves their context to the
+    garbage collector, which would wait without bound for an open socket, on any thread.
 
     Args:
         resources: the client's ``BackgroundResources``. Where it served no loop, call this on the thread that made it.
@@ -306,7 +306,7 @@ def release(resources: Any) -> None:
         with contextlib.suppress(RuntimeError):  # it was closed just now
             loop.call_soon_threadsafe(close, True)
         closed.wait(RELEASE_TIMEOUT)
-    # On a thread of its own, which keeps it from the collector for as long as a socket is open.
+    # On its own thread, which keeps the context from the collector as long as a socket is open.
     threading.Thread(target=context.term, name="vllm-context-end", daemon=True).start()
 
 
