@@ -1,4 +1,4 @@
-"""What ``xinf-vllm doctor`` looks at, and what it advises."""
+"""What ``xinf-vllm doctor`` checks and advises."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from packaging.specifiers import SpecifierSet
 
 from .engine import preload
-from .engine.seams import SEAMS, start, version
+from .engine.seams import SEAMS, Seam, start, version
 from .process import tree
 
 ENTRY = "xinf_vllm_backend:extension"
@@ -23,30 +23,39 @@ PYTHON = SpecifierSet(">=3.10")
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing looked at: what was found, whether it is right, and what to do where it is not."""
+    """One thing that was checked.
+
+    Attributes:
+        subject: what it is.
+        found: what was found.
+        ok: False where launches or requests fail because of it.
+        advice: what to do, or what is lost.
+        degraded: whether everything works but something is lost.
+    """
 
     subject: str
     found: str
     ok: bool = True
     advice: str = ""
+    degraded: bool = False
 
     def as_dict(self) -> dict[str, str | bool]:
         return dataclasses.asdict(self)
 
 
 def examine() -> list[Finding]:
-    """Look at everything, in the order in which one thing needs the other."""
+    """Check everything, each thing after those that it needs."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # vLLM logs to stdout, where our findings go
     return [*_versions(), *_extension(), *_seams(), _start_method(), _waiting(), _virtualenv()]
 
 
 def table(findings: list[Finding]) -> str:
-    """The findings for a person, one row each."""
+    """The findings as text, one row each."""
     from tabulate import tabulate
 
     rows = [
         (
-            "ok" if finding.ok else "WRONG",
+            "WRONG" if not finding.ok else "degraded" if finding.degraded else "ok",
             finding.subject,
             textwrap.fill(finding.found, 60),
             textwrap.fill(finding.advice, 50),
@@ -82,8 +91,8 @@ def _extension() -> Iterator[Finding]:
     yield Finding("XINFERENCE_EXTENSIONS", configured)
     try:
         behind = _classes_behind_vllm()
-    except Exception as error:  # whatever it is, it is what Xinference would meet
-        yield Finding('class behind "vLLM"', f"{type(error).__name__}: {error}", False, "mend the import error first")
+    except Exception as error:  # whatever it is, Xinference meets it, too
+        yield Finding('class behind "vLLM"', f"{type(error).__name__}: {error}", False, "fix the import error first")
         return
     foreign = sorted(name for name in behind if not name.startswith(f"{__package__}."))
     ok = bool(behind) and not foreign
@@ -104,8 +113,15 @@ def _classes_behind_vllm() -> set[str]:
 def _seams() -> Iterator[Finding]:
     for seam in SEAMS:
         there = seam.present()
-        advice = "" if there else f"without it {seam.without}; use a vLLM in {version.SUPPORTED}"
-        yield Finding(f"seam {seam.name}", f"for {seam.used_for}" if there else "gone", there, advice)
+        found = f"for {seam.used_for}" if there else "gone"
+        advice = "" if there else f"without it: {seam.without}" + _remedy(seam)
+        yield Finding(f"seam {seam.name}", found, there or not seam.vital, advice, not there and not seam.vital)
+
+
+def _remedy(seam: Seam) -> str:
+    if not version.is_supported(version.version() or "", version.SUPPORTED):
+        return f"; use a vLLM in {version.SUPPORTED}"
+    return f"; report it, and use another vLLM in {version.SUPPORTED}" if seam.vital else ""
 
 
 def _start_method() -> Finding:

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from xinf_vllm_backend.engine.seams import SEAMS, Seam, child, exceptions, start, version
+from xinf_vllm_backend.engine.seams import (
+    SEAMS,
+    Seam,
+    child,
+    core_client,
+    exceptions,
+    platform,
+    resuming,
+    start,
+    version,
+)
 from xinf_vllm_backend.process.context import EngineContext
 
 pytestmark = pytest.mark.engine
@@ -50,3 +63,70 @@ def test_the_engine_class_that_xinference_looks_up_can_be_replaced_for_a_while()
     with start.engine_made_by(lambda args: ("made from", args)):
         assert async_llm_engine.AsyncLLMEngine.from_engine_args("these") == ("made from", "these")
     assert async_llm_engine.AsyncLLMEngine is before
+
+
+def test_multimodal_inputs_are_kept_in_the_frontend_where_vllm_looks_up_the_kind_of_their_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    monkeypatch.setattr(MULTIMODAL_REGISTRY, "supports_multimodal_inputs", lambda config: True, raising=False)
+    cache = SimpleNamespace(mm_processor_cache_gb=1, mm_processor_cache_type="lru")
+    model = SimpleNamespace(supports_multimodal_inputs=True, get_multimodal_config=lambda: cache)
+    parallel = SimpleNamespace(_api_process_count=1, data_parallel_size=1, data_parallel_external_lb=False)
+    assert resuming.INPUTS.wrap(resuming.cache_in_frontend)
+    assert _engine_receiver_cache()(SimpleNamespace(model_config=model, parallel_config=parallel)) is None
+
+
+def _engine_receiver_cache() -> Any:
+    """What EngineCore asks for its own cache of multimodal inputs."""
+    try:
+        from vllm.multimodal.cache import engine_receiver_cache_from_config
+    except ImportError:  # before 0.31
+        from vllm.multimodal import MULTIMODAL_REGISTRY
+
+        return MULTIMODAL_REGISTRY.engine_receiver_cache_from_config
+    return engine_receiver_cache_from_config
+
+
+def test_a_worker_is_known_by_its_title_whatever_the_prefix_of_process_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.utils.system_utils import set_process_title
+
+    titles: list[str] = []
+    monkeypatch.setattr("setproctitle.setproctitle", titles.append)
+    for prefix in ("VLLM", "mine"):
+        for name in ("Worker_TP0", "EngineCore"):
+            set_process_title(name, prefix=prefix)
+    assert [platform.WORKER in title for title in titles] == [True, False, True, False]
+
+
+def test_the_client_of_an_engine_has_a_heartbeat() -> None:
+    from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient
+
+    assert core_client.has_heartbeat(AsyncMPClient)
+    assert core_client.has_heartbeat(DPLBAsyncMPClient)
+
+
+def test_the_engine_id_of_a_restart_is_one_that_no_peer_knows() -> None:
+    from vllm.config import KVTransferConfig
+
+    transfer = KVTransferConfig(kv_connector="NixlConnector", kv_role="kv_both")
+    before = transfer.engine_id
+    core_client._renew_engine_id(transfer)
+    assert transfer.engine_id != before
+
+
+async def test_the_task_that_reads_outputs_is_seen_when_it_ends() -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    async def no_more() -> None:
+        raise RuntimeError("no more outputs")
+
+    engine = AsyncLLM.__new__(AsyncLLM)  # as it is before its first request
+    engine.output_handler = None
+    assert core_client.output_task_error(engine) is None
+    engine.output_handler = asyncio.ensure_future(no_more())
+    assert core_client.output_task_error(engine) is None
+    await asyncio.wait([engine.output_handler], timeout=10)
+    assert str(core_client.output_task_error(engine)) == "no more outputs"
+    assert not engine.is_running  # vLLM itself tells it by the same name

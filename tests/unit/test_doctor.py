@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
+from types import ModuleType
 
 import pytest
+from click.testing import CliRunner
 from packaging.specifiers import SpecifierSet
 
-from xinf_vllm_backend import doctor
+from xinf_vllm_backend import cli, doctor
 from xinf_vllm_backend.doctor import Finding
 from xinf_vllm_backend.engine.seams import SEAMS, version
 
@@ -29,6 +33,7 @@ class TestAFinding:
             "found": "not found",
             "ok": False,
             "advice": "install uv",
+            "degraded": False,
         }
 
     def test_is_a_row_that_says_what_is_wrong_and_what_to_do(self) -> None:
@@ -37,6 +42,10 @@ class TestAFinding:
         assert good.split() == ["ok", "Python", "3.11"]
         assert bad.startswith("WRONG")
         assert bad.endswith("install uv")
+
+    def test_a_finding_that_is_degraded_is_a_row_that_says_so(self) -> None:
+        table = doctor.table([Finding("seam", "gone", True, "without it: less", degraded=True)])
+        assert table.splitlines()[-1].startswith("degraded")
 
     def test_that_is_long_is_folded(self) -> None:
         table = doctor.table([Finding("subject", "word " * 40, False, "advice " * 40)])
@@ -137,9 +146,29 @@ class TestTheEngine:
         findings = list(doctor._seams())
         assert len(findings) == len(SEAMS)
         for finding, seam in zip(findings, SEAMS, strict=True):
-            assert not finding.ok
+            assert finding.found == "gone"
             assert seam.name in finding.subject
             assert seam.without in finding.advice
+
+    def test_only_a_vital_seam_that_is_gone_is_wrong_and_the_others_degrade(self) -> None:
+        for finding, seam in zip(doctor._seams(), SEAMS, strict=True):
+            assert finding.ok is not seam.vital
+            assert finding.degraded is not seam.vital
+
+    def test_a_degraded_seam_of_a_supported_vllm_advises_no_other_version(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(doctor.version, "version", lambda: "0.32.0")
+        for finding, seam in zip(doctor._seams(), SEAMS, strict=True):
+            assert (str(version.SUPPORTED) in finding.advice) is seam.vital
+
+    def test_a_seam_that_moved_is_right_and_named_where_it_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        module = ModuleType("vllm.multimodal.cache.factories")
+        module.__dict__["_get_cache_type"] = lambda config: "lru"
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        (finding,) = (finding for finding in doctor._seams() if finding.subject.endswith("._get_cache_type"))
+        assert (finding.ok, finding.degraded) == (True, False)
+        assert finding.subject == "seam vllm.multimodal.cache.factories._get_cache_type"
 
     def test_a_start_method_that_nobody_knows_is_wrong(self) -> None:
         finding = doctor._start_method()
@@ -189,3 +218,22 @@ class TestTheWholeExamination:
         monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
         doctor.examine()
         assert os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG"
+
+
+class TestExitStatus:
+    @pytest.mark.parametrize(
+        ("finding", "status"),
+        [
+            (Finding("seam", "there"), 0),
+            (Finding("seam", "gone", True, "without it: less", degraded=True), 0),
+            (Finding("seam", "gone", False, "without it: nothing"), 1),
+        ],
+        ids=["ok", "degraded", "wrong"],
+    )
+    def test_doctor_exits_with_status_1_only_if_something_is_wrong(
+        self, finding: Finding, status: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(doctor, "examine", lambda: [Finding("Python", "3.11"), finding])
+        result = CliRunner().invoke(cli.main, ["doctor", "--json"])
+        assert result.exit_code == status
+        assert json.loads(result.output)[1] == finding.as_dict()

@@ -5,21 +5,48 @@ The vLLM here is made of stubs; that the installed one has the names is for the 
 
 from __future__ import annotations
 
+import ast
+import asyncio
 import multiprocessing
 import os
 import sys
 import threading
+from collections.abc import Iterator
+from enum import IntEnum
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-from xinf_vllm_backend.engine.seams import SEAMS, Seam, child, start, version
+import xinf_vllm_backend
+from xinf_vllm_backend.engine.client import EngineClient
+from xinf_vllm_backend.engine.seams import SEAMS, Seam, child, core_client, resuming, start, version
 from xinf_vllm_backend.engine.seams.start import CONTEXT, INSPECTION
-from xinf_vllm_backend.errors import UnsupportedVersionError
+from xinf_vllm_backend.errors import CannotResumeError, UnsupportedVersionError
 from xinf_vllm_backend.process.context import EngineContext
+from xinf_vllm_backend.settings import Settings
 
 TIMEOUT = 10.0
+# What AsyncLLM finds at our client as at vLLM's own, and names that others have, too.
+COMMON = {"add_request_async", "abort_requests_async", "get_output_async", "resources", "shutdown"} | {
+    "multiprocessing",
+    "outputs",
+    "request_id",
+    "models",
+    "put",
+    "seed",
+}
+IMPORTERS = ("import_module", "__import__", "find_spec")
+
+
+class FinishReason(IntEnum):
+    """As vLLM's: a number that is written as a word."""
+
+    ABORT = 2
+
+    def __str__(self) -> str:
+        return self.name.lower()
 
 
 @pytest.fixture
@@ -90,8 +117,58 @@ class TestASeam:
         assert Worker().load("weights") == "loaded weights"
         assert calls == ["weights"]
 
+    def test_a_seam_that_moved_is_found_and_wrapped_where_it_is(self, put: Any) -> None:
+        seam = Seam("vllm.worker", "Worker.load", "showing something", "it is not shown", moved=(("vllm.new", "load"),))
+        put("vllm.worker", Worker=SimpleNamespace())
+        module = put("vllm.new", load=lambda: "loaded")
+        assert seam.present()
+        assert seam.name == "vllm.new.load"
+        assert seam.owner() is module
+        assert seam.wrap(lambda original: lambda: f"really {original()}")
+        assert module.load() == "really loaded"
+
+    def test_a_seam_that_is_in_no_place_is_named_after_the_first(self) -> None:
+        seam = Seam("vllm.worker", "Worker.load", "showing something", "it is not shown", moved=(("vllm.new", "load"),))
+        assert not seam.present()
+        assert seam.name == "vllm.worker.Worker.load"
+
+    def test_a_seam_is_gone_when_a_member_is_and_stays_when_it_is_wrapped(self, put: Any) -> None:
+        class Resources:
+            def __init__(self) -> None:
+                self.ctx = None
+
+        put("vllm.worker", Resources=Resources)
+        with_member = Seam("vllm.worker", "Resources", "showing something", "it is not shown", members=("ctx",))
+        without = Seam("vllm.worker", "Resources", "showing something", "it is not shown", members=("ctx", "sockets"))
+        assert (with_member.present(), without.present()) == (True, False)
+        assert with_member.wrap(lambda original: lambda: original())
+        assert with_member.present()
+        assert without.name == "vllm.worker.Resources (ctx, sockets)"
+
+    def test_a_seam_may_be_an_attribute_of_instances_alone(self, put: Any) -> None:
+        class Base:
+            def __init__(self) -> None:
+                self.task = None
+
+        class Engine(Base): ...
+
+        put("vllm.worker", Engine=Engine)
+        assert Seam("vllm.worker", "Engine.task", "showing something", "it is not shown").present()
+        assert not Seam("vllm.worker", "Engine.queue", "showing something", "it is not shown").present()
+
+    def test_each_seam_has_its_row_in_the_documentation(self) -> None:
+        page = (Path(xinf_vllm_backend.__file__).parents[1] / "docs" / "seams.md").read_text()
+        assert [row(seam) for seam in SEAMS if row(seam) not in page] == []
+
     def test_says_what_it_is_for_and_what_is_lost_without_it(self) -> None:
         assert all(seam.used_for and seam.without for seam in SEAMS)
+
+
+def row(seam: Seam) -> str:
+    """The row of ``docs/seams.md``."""
+    places = ", then ".join(f"`{module}.{name}`" for module, name in ((seam.module, seam.attribute), *seam.moved))
+    members = f" ({', '.join(f'`{member}`' for member in seam.members)})" if seam.members else ""
+    return f"| {places}{members} | {seam.used_for} | {seam.without} | {'**broken**' if seam.vital else 'degraded'} |"
 
 
 class TestTheContextOfEngineChildren:
@@ -239,3 +316,292 @@ class TestWhoMakesTheEngine:
         with pytest.raises(ValueError, match="no room"), start.engine_made_by(lambda args: None):
             raise ValueError("no room")
         assert module.AsyncLLMEngine is original
+
+
+class Client:
+    """A client of EngineCore whose engine answers the heartbeat with what it is given: a value or an error."""
+
+    def __init__(self, *answers: Any) -> None:
+        self.answers = list(answers)
+
+    async def is_scheduler_paused_async(self) -> Any:
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+class TestHeartbeat:
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            False,
+            True,
+            Exception("Call to is_scheduler_paused method failed"),
+            RuntimeError("Engines returned different"),
+        ],
+        ids=["running", "paused", "an error of the engine", "engines that differ"],
+    )
+    async def test_any_answer_of_an_engine_is_a_sign_of_life(self, answer: Any) -> None:
+        client = Client(answer)
+        assert core_client.has_heartbeat(client)
+        await asyncio.wait_for(core_client.ask_sign_of_life(client), TIMEOUT)
+
+    async def test_a_local_error_is_no_sign_of_life_and_the_engine_is_asked_again(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(core_client, "ASK_INTERVAL", 0.0)
+        client = Client(OSError("the socket is closed"), TypeError("not encodable"), False)
+        await asyncio.wait_for(core_client.ask_sign_of_life(client), TIMEOUT)
+        assert client.answers == []
+
+    async def test_no_sign_of_life_comes_where_the_heartbeat_is_gone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked_again = asyncio.Event()
+
+        async def sleep(seconds: float) -> None:
+            asked_again.set()
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(core_client.asyncio, "sleep", sleep)
+        client = SimpleNamespace()
+        assert not core_client.has_heartbeat(client)
+        asked = asyncio.ensure_future(core_client.ask_sign_of_life(client))
+        await asyncio.wait_for(asked_again.wait(), TIMEOUT)
+        assert not asked.done()
+        asked.cancel()
+
+
+class TestOutputTask:
+    @pytest.mark.parametrize("engine", [SimpleNamespace(), SimpleNamespace(output_handler=None)])
+    def test_the_output_task_has_no_error_before_it_begins_or_where_it_is_gone(self, engine: Any) -> None:
+        assert core_client.output_task_error(engine) is None
+
+    async def test_the_output_task_has_an_error_once_it_ended_in_whatever_way(self) -> None:
+        async def ends(error: Exception | None) -> None:
+            if error is not None:
+                raise error
+
+        async def runs() -> None:
+            await asyncio.Event().wait()
+
+        returned, raised = asyncio.ensure_future(ends(None)), asyncio.ensure_future(ends(ValueError("no output")))
+        cancelled = asyncio.ensure_future(runs())
+        assert core_client.output_task_error(SimpleNamespace(output_handler=cancelled)) is None
+        cancelled.cancel()
+        await asyncio.wait([returned, raised, cancelled], timeout=TIMEOUT)
+
+        found = [
+            core_client.output_task_error(SimpleNamespace(output_handler=t)) for t in (returned, raised, cancelled)
+        ]
+        assert [type(error) for error in found] == [RuntimeError, ValueError, asyncio.CancelledError]
+
+
+class TestRestartArguments:
+    @pytest.fixture
+    def made(self, put: Any) -> list[Any]:
+        """The arguments of each engine that is started."""
+        made: list[Any] = []
+        core = SimpleNamespace(make_async_mp_client=lambda vllm_config, **_: made.append(vllm_config))
+        put("vllm.usage.usage_lib", UsageContext=SimpleNamespace(ENGINE_CONTEXT=0))
+        put("vllm.v1.engine.core_client", EngineCoreClient=core)
+        put("vllm.v1.executor.abstract", Executor=SimpleNamespace(get_class=lambda config: None))
+        return made
+
+    class Arguments(SimpleNamespace):
+        disable_log_stats = True
+
+        def create_engine_config(self, context: Any) -> Any:
+            return self
+
+    @pytest.mark.parametrize("as_object", [False, True], ids=["dictionary", "object"])
+    def test_each_restart_has_a_new_engine_id_and_the_original_keeps_its_own(
+        self, as_object: bool, made: list[Any]
+    ) -> None:
+        def fields(transfer: Any) -> dict[str, Any]:
+            return transfer if isinstance(transfer, dict) else vars(transfer)
+
+        transfer: Any = {"kv_connector": "NixlConnector", "engine_id": "mine"}
+        transfer["kv_connector_extra_config"] = {"connectors": [{"kv_connector": "NixlConnector", "engine_id": "part"}]}
+        original = self.Arguments(kv_transfer_config=SimpleNamespace(**transfer) if as_object else transfer)
+        core_client.make_client(original)
+        core_client.make_client(original)
+
+        ids = [fields(arguments.kv_transfer_config)["engine_id"] for arguments in made]
+        parts = [
+            fields(arguments.kv_transfer_config)["kv_connector_extra_config"]["connectors"][0]["engine_id"]
+            for arguments in made
+        ]
+        assert len({"mine", *ids}) == 3
+        assert len({"part", *parts}) == 3
+        assert all(engine_id.startswith("mine-") for engine_id in ids)
+        assert fields(original.kv_transfer_config)["engine_id"] == "mine"
+
+    @pytest.mark.parametrize("transfer", [None, {}, {"kv_connector": "NixlConnector"}])
+    def test_a_restart_gets_no_engine_id_where_vllm_makes_one(self, transfer: Any, made: list[Any]) -> None:
+        core_client.make_client(self.Arguments(kv_transfer_config=transfer))
+        assert made[0].kv_transfer_config == transfer
+
+
+class TestOutputs:
+    OUTPUTS = (
+        SimpleNamespace(request_id="a", new_token_ids=[1, 2], finish_reason=None),
+        SimpleNamespace(request_id="b", new_token_ids=[], finish_reason=FinishReason.ABORT),
+    )
+
+    def test_outputs_are_told_as_ids_tokens_and_the_reason_in_words(self) -> None:
+        assert list(core_client.delivered(self.OUTPUTS)) == [("a", [1, 2], None), ("b", [], "abort")]
+
+    def test_outputs_of_some_requests_can_be_dropped(self) -> None:
+        outputs = SimpleNamespace(outputs=list(self.OUTPUTS))
+        core_client.drop(outputs, {"a"})
+        assert [output.request_id for output in outputs.outputs] == ["b"]
+
+    def test_a_request_is_identified_by_two_ids(self) -> None:
+        assert core_client.identify(SimpleNamespace(request_id="a-1", external_req_id="a")) == ("a-1", "a")
+        assert core_client.identify(SimpleNamespace(request_id="a-1", external_req_id=None)) == ("a-1", "a-1")
+
+
+class TestRefusedTokens:
+    class Grammar:
+        def __init__(self, accepted: bool) -> None:
+            self.accepted = accepted
+
+        def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
+            return self.accepted
+
+    @staticmethod
+    def request(given: int) -> Any:
+        params = SimpleNamespace(extra_args={resuming.GIVEN: given} if given else None)
+        return SimpleNamespace(
+            request_id="a-1", prompt_token_ids=[1, 2, 3], sampling_params=params, trace_headers={"traceparent": "t"}
+        )
+
+    @staticmethod
+    def output(headers: dict[str, str] | None, reason: int | None = 3) -> Any:
+        return SimpleNamespace(request_id="a-1", new_token_ids=[], finish_reason=reason, trace_headers=headers)
+
+    def test_a_grammar_that_refuses_delivered_tokens_marks_the_outputs_of_its_request(self) -> None:
+        create = resuming.advance_grammar(lambda manager, request: self.Grammar(False))
+        request = self.request(given=2)
+        with pytest.raises(RuntimeError, match="does not match its grammar"):
+            create(SimpleNamespace(), request)
+        assert request.trace_headers["traceparent"] == "t"
+        assert resuming.failed_to_resume(self.output(request.trace_headers))
+        assert not resuming.failed_to_resume(self.output(request.trace_headers, reason=None))
+
+    @pytest.mark.parametrize(("given", "accepted"), [(2, True), (0, False)], ids=["accepted", "nothing given"])
+    def test_a_grammar_that_accepts_or_begins_marks_nothing(self, given: int, accepted: bool) -> None:
+        grammar = self.Grammar(accepted)
+        request = self.request(given)
+        assert resuming.advance_grammar(lambda manager, request: grammar)(SimpleNamespace(), request) is grammar
+        assert not resuming.failed_to_resume(self.output(request.trace_headers))
+        assert not resuming.failed_to_resume(self.output(None))
+
+    def test_a_grammar_that_cannot_be_compiled_marks_nothing(self) -> None:
+        def fails(manager: Any, request: Any) -> Any:
+            raise ValueError("not a grammar")
+
+        request = self.request(given=0)
+        with pytest.raises(ValueError, match="not a grammar"):
+            resuming.advance_grammar(fails)(SimpleNamespace(), request)
+        assert not resuming.failed_to_resume(self.output(request.trace_headers))
+
+    async def test_a_marked_output_ends_its_request_alone_with_a_sentence(self) -> None:
+        outputs = SimpleNamespace(outputs=[self.output({resuming.FAILED: "1"}), *TestOutputs.OUTPUTS[:1]])
+
+        class Core:
+            async def add_request_async(self, request: Any) -> None: ...
+
+            async def get_output_async(self) -> Any:
+                return outputs
+
+        failed: dict[str, Exception] = {}
+        client = EngineClient("tiny", Settings.resolve({}), failed.__setitem__)
+        client.attach(Core())
+        for request_id in ("a-1", "a"):
+            await client.add_request_async(SimpleNamespace(request_id=request_id, external_req_id=request_id))
+        received = await asyncio.wait_for(client.get_output_async(), TIMEOUT)
+        assert [output.request_id for output in received.outputs] == ["a"]
+        assert [entry.id for entry in client.journal] == ["a"]
+        assert isinstance(failed["a-1"], CannotResumeError)
+        assert "a-1, and structured output that its grammar does not accept cannot go on" in str(failed["a-1"])
+
+
+class TestReasoningEnd:
+    """Of six tokens the last four were given, and 9 ends the reasoning."""
+
+    class Reasoner:
+        def is_reasoning_end(self, tokens: list[int]) -> bool:
+            return 9 in tokens
+
+        def is_reasoning_end_streaming(self, tokens: list[int], delta: list[int]) -> bool:
+            return 9 in delta
+
+    class NewReasoner(Reasoner):
+        """As since 0.31, where a token of the content may end the reasoning, too."""
+
+        reasoning_end_token_ids = frozenset({8, 9})
+
+        def find_reasoning_end(self, tokens: list[int]) -> Any:
+            found = next(((offset, token) for offset, token in enumerate(tokens) if token in (8, 9)), (len(tokens), 9))
+            return SimpleNamespace(offset=found[0], implicit=found[1] == 8)
+
+    @pytest.mark.parametrize(
+        ("reasoner", "prompt", "grammars"),
+        [
+            (Reasoner(), [1, 2, 3, 9, 4, 5], [4, 5]),
+            (Reasoner(), [1, 2, 3, 4, 5, 6], []),
+            (Reasoner(), [1, 9, 3, 4, 5, 6], [3, 4, 5, 6]),
+            (NewReasoner(), [1, 2, 3, 9, 4, 5], [4, 5]),
+            (NewReasoner(), [1, 2, 3, 8, 4, 5], [8, 4, 5]),
+            (NewReasoner(), [1, 2, 3, 4, 5, 6], []),
+        ],
+        ids=["a marker", "nowhere", "before", "a marker, 0.31", "a token of the content, 0.31", "nowhere, 0.31"],
+    )
+    def test_a_grammar_is_advanced_over_what_follows_the_reasoning(
+        self, reasoner: Any, prompt: list[int], grammars: list[int]
+    ) -> None:
+        accepted: list[int] = []
+        grammar = SimpleNamespace(accept_tokens=lambda request_id, tokens: accepted.extend(tokens) or True)
+        manager = SimpleNamespace(_get_reasoner=lambda request: reasoner)
+        params = SimpleNamespace(extra_args={resuming.GIVEN: 4})
+        request = SimpleNamespace(request_id="a-1", prompt_token_ids=prompt, sampling_params=params, trace_headers=None)
+        resuming.advance_grammar(lambda manager, request: grammar)(manager, request)
+        assert accepted == grammars
+
+
+class TestPrivateNames:
+    def test_no_module_outside_the_seams_imports_vllm(self) -> None:
+        package = Path(xinf_vllm_backend.__file__).parent
+        found = {
+            f"{path.relative_to(package)}: {name}"
+            for path in package.rglob("*.py")
+            if not path.is_relative_to(package / "engine" / "seams")
+            for name in imported(path)
+            if name.partition(".")[0] == "vllm"
+        }
+        assert found == set()
+
+    def test_no_module_outside_the_seams_reads_a_private_name(self) -> None:
+        package = Path(xinf_vllm_backend.__file__).parent
+        private = {seam.attribute.rpartition(".")[2] for seam in SEAMS} | {name for s in SEAMS for name in s.members}
+        assert private > COMMON
+        found = {
+            f"{path.relative_to(package)}: {node.attr}"
+            for path in (package / "engine").rglob("*.py")
+            if not path.is_relative_to(package / "engine" / "seams")
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Attribute) and node.attr in private - COMMON
+        }
+        assert found == set()
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The absolute names of modules that the file imports, or names in a call that imports or finds one."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module or ""
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in IMPORTERS:
+            yield from (arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str))

@@ -11,6 +11,7 @@ import pytest
 
 from xinf_vllm_backend.engine import watch as watch_module
 from xinf_vllm_backend.engine.death import Ending
+from xinf_vllm_backend.engine.journal import Journal
 from xinf_vllm_backend.engine.seams import core_client
 from xinf_vllm_backend.engine.watch import Watch
 from xinf_vllm_backend.process.tree import Look
@@ -28,10 +29,11 @@ class Engine:
         self.is_lost = False
         self.calls = 0
         self.answers = True
+        self.has_heartbeat = True
         self.looks = 0
         self.seen: Callable[[], Look] = lambda: IDLE
         self.client = self
-        self.journal = SimpleNamespace(outputs=0)
+        self.journal = Journal()
 
     def is_dead(self) -> bool:
         return self.dead
@@ -51,6 +53,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
         await client.heartbeat()
 
     monkeypatch.setattr(core_client, "ask_sign_of_life", ask)
+    monkeypatch.setattr(core_client, "has_heartbeat", lambda client: client.has_heartbeat)
     monkeypatch.setattr(watch_module.platform, "is_cpu_build", lambda: True)
     return Engine()
 
@@ -78,6 +81,20 @@ async def test_an_engine_that_answers_no_heartbeat_and_does_no_work_hangs(engine
     watched = watch(engine)
     assert await ends(watched) is Ending.HUNG
     assert watched.silent >= 0.1
+
+
+async def test_an_engine_without_a_heartbeat_hangs_only_while_it_has_something_to_do(engine: Engine) -> None:
+    engine.answers = engine.has_heartbeat = False
+    assert await ends(watch(engine, on_look=lambda: engine.looks < 50)) is Ending.DIED  # because on_look said so
+    engine.journal.open("a-1", "a", SimpleNamespace())
+    assert await ends(watch(engine)) is Ending.HUNG
+
+
+async def test_a_paused_engine_without_a_heartbeat_does_not_hang(engine: Engine) -> None:
+    engine.answers = engine.has_heartbeat = False
+    engine.journal.open("a-1", "a", SimpleNamespace())
+    engine.journal.aborts_wanted = True
+    assert await ends(watch(engine, on_look=lambda: engine.looks < 50)) is Ending.DIED
 
 
 async def test_an_idle_engine_that_answers_goes_on(engine: Engine) -> None:

@@ -275,10 +275,19 @@ class EngineClient:
                     self._found_dead(core)
                 continue
             if core is self._core:
+                self._end_unresumable(outputs)
                 if aborted := self.journal.deliver(core_client.delivered(outputs.outputs)):
-                    outputs.outputs = [output for output in outputs.outputs if output.request_id not in aborted]
+                    core_client.drop(outputs, aborted)
                     self._found_dead(core)  # it is ending, and its requests go on elsewhere
                 return outputs
+
+    def _end_unresumable(self, outputs: Any) -> None:
+        failed = resuming.failed(outputs)
+        if failed:
+            core_client.drop(outputs, failed)
+            for entry in self.journal:
+                if entry.id in failed:
+                    self._end(entry, resuming.unresumable(entry.request))
 
     def shutdown(self, timeout: float | None = None) -> None:
         if self._last is not None:
@@ -325,7 +334,7 @@ class EngineClient:
     def _remember(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what was carried out, if a new engine would not know it."""
         if name == "add_lora_async":
-            self._again["lora", args[0].lora_int_id] = name, args
+            self._again["lora", core_client.lora_id(args[0])] = name, args
         elif name == "remove_lora_async":
             self._again.pop(("lora", args[0]), None)
         elif name == "set_weight_version_async":

@@ -1,4 +1,4 @@
-"""The zygote of a model process: when there is one, and what it imports for the engine processes it will fork."""
+"""The zygote of a model process: when one is used, and what it imports for the engine processes that it forks."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _lock = threading.Lock()
 def start_zygote(method: str, model: str) -> None:
     """Start this process's zygote, once, unless ``method`` means to spawn here.
 
-    Meant to be called as early as can be: the zygote imports beside this process.
+    Call it early: the zygote imports while this process does.
 
     Args:
         method: the setting ``engine_start_method``.
-        model: directory of the model, or a name, which tells less.
+        model: the model's directory; its architecture is not preloaded for a mere name.
     """
     global _zygote
     with _lock:
@@ -47,17 +47,17 @@ def start_zygote(method: str, model: str) -> None:
 
 
 def resolve(method: str) -> str:
-    """Which method "auto" is here: "zygote" where it was measured to serve as fast as "spawn", on the CPU."""
+    """The method that "auto" means here: "zygote" on the CPU, where engines of it were measured to serve as fast."""
     if method == "auto":
         return "zygote" if platform.is_cpu_build() else "spawn"
     return method
 
 
 def zygote_client(method: str) -> ZygoteClient | None:
-    """Where to have an engine process forked; None where ``method`` means to spawn.
+    """The client that has engine processes forked; None where ``method`` means to spawn.
 
     Raises:
-        ZygoteUnavailableError: there is no zygote now.
+        ZygoteUnavailableError: the zygote is gone.
     """
     with _lock:
         zygote = _zygote
@@ -65,7 +65,7 @@ def zygote_client(method: str) -> ZygoteClient | None:
 
 
 def zygote_pid() -> int | None:
-    """The pid of this process's zygote, None where there is none."""
+    """The pid of this process's zygote; None if it has none."""
     with _lock:
         return None if _zygote is None else _zygote.pid
 
@@ -80,16 +80,16 @@ def stop_zygote() -> None:
 
 
 def preload(model: str) -> None:
-    """Run in the zygote: import what EngineCore and its Workers will, for this platform and architecture."""
+    """Run in the zygote: import what EngineCore and its Workers need for this platform and architecture."""
     for module in _modules(model):
         try:
             importlib.import_module(module)
-        except Exception as error:  # a broken optional module must not cost the others
+        except Exception as error:  # whatever it is, the engine process that needs it meets it, too
             logger.warning("The zygote goes without %s: %r", module, error)
 
 
 def hazard() -> str | None:
-    """Run in the zygote: why a fork of it would not be clean, None if it would."""
+    """Run in the zygote: why a fork of it would not be clean; None if it would."""
     if os.environ.get(platform.CUDA_COMPATIBILITY, "0") not in ("", "0"):
         return "the linker finds CUDA's compatibility libraries only in a fresh process"
     torch = sys.modules.get("torch")
@@ -113,6 +113,6 @@ def _modules(model: str) -> Iterator[str]:
 def _architectures(model: Path) -> list[str]:
     try:
         found = json.loads((model / "config.json").read_text()).get("architectures")
-    except (OSError, ValueError, AttributeError):  # none, or not one of Transformers
+    except (OSError, ValueError, AttributeError):  # no configuration, or not one of Transformers
         return []
     return found if isinstance(found, list) else []

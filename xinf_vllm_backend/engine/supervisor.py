@@ -103,7 +103,7 @@ class EngineSupervisor:
 
         with core_client.client_replaced_by(stand_in):
             engine = core_client.make_async_llm(self._spec.arguments)
-        processes.client = processes.client or engine.engine_core
+        processes.client = processes.client or core_client.client_of(engine)
         return engine
 
     # -- watch

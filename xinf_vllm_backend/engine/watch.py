@@ -76,7 +76,7 @@ class Watch:
         else:
             loop = asyncio.get_running_loop()
             look = await loop.run_in_executor(thread, self._processes.look)  # reads /proc
-            if answered and not look.halted:
+            if (answered or self._need_not_answer()) and not look.halted:
                 self._hang.heard()
             else:
                 works = not look.halted and self._workload.works(look.workers, look.others)
@@ -84,6 +84,11 @@ class Watch:
         if self._heartbeat is None or answered:
             self._heartbeat = None if flows else self._ask()
         return hung
+
+    def _need_not_answer(self) -> bool:
+        """Whether the engine has nothing to do and cannot be asked for a sign of life."""
+        journal = self._client.journal
+        return not core_client.has_heartbeat(self._processes.client) and (not len(journal) or journal.aborts_wanted)
 
     def _ask(self) -> asyncio.Task[None]:
         return asyncio.ensure_future(core_client.ask_sign_of_life(self._processes.client))

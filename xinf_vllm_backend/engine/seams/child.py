@@ -1,4 +1,4 @@
-"""What each engine process does before vLLM runs in it."""
+"""What each engine process does before it runs vLLM."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ SHARED_MEMORY = Seam(
 
 
 def prepare_child() -> None:
-    """Called in each engine child before its target: its own children come from a context like its own."""
-    start.use_everywhere(EngineContext(start.SPAWN, prepare_child))  # whose children look for ports where this one does
+    """Run in each engine process before its target; its own children then come from a context like its own."""
+    start.use_everywhere(EngineContext(start.SPAWN, prepare_child))  # children share the range of ports
     if bootstrap.inherited_handles().mark:
         SHARED_MEMORY.wrap(functools.partial(_marked, bootstrap.inherited_handles().mark))
     resuming.GRAMMAR.wrap(resuming.advance_grammar)

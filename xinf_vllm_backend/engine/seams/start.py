@@ -1,6 +1,6 @@
-"""How vLLM starts the processes of an engine: from our context, and the launch lock ends when they run.
+"""How vLLM starts the processes of an engine: from our context, and the launch lock is released when they run.
 
-Most of it is scoped to a thread: engines that start side by side do not see each other's context.
+Most of it is scoped to a thread, so that engines that start at the same time do not see each other's context.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ CONTEXT = Seam(
 
 
 class _Multiprocessing:
-    """Stands where vLLM keeps the module ``multiprocessing``; answers with our context where there is one."""
+    """Takes the place of the module ``multiprocessing`` in vLLM; gives our context where there is one."""
 
     def get_context(self, method: str | None = None) -> Any:
         return _of_this_thread.get() or _of_this_process or multiprocessing.get_context(method)
@@ -57,7 +57,7 @@ class _Multiprocessing:
 
 
 def use_everywhere(context: EngineContext) -> None:
-    """Let every engine child that this process starts come from ``context``."""
+    """Start every engine process of this process from ``context``."""
     global _of_this_process
     _of_this_process = context
     _install_context()
@@ -77,15 +77,15 @@ def _install_context() -> bool:
 def starts_from(
     context: EngineContext, when_spawned: Callable[[], None] = lambda: None, resources: list[Any] | None = None
 ) -> Iterator[None]:
-    """Let every engine child that vLLM starts on this thread come from ``context``.
+    """Start every engine process that vLLM starts on this thread from ``context``.
 
-    Meanwhile vLLM also reads "spawn" where it looks for it: some configurations are refused without, and where the
-    seam is gone it is what makes vLLM spawn. What vLLM itself writes into the environment stays on this thread.
+    vLLM's own start method is "spawn" inside: some configurations are refused without it, and where the seam is gone
+    it is what makes vLLM spawn. What vLLM writes into the environment stays on this thread.
 
     Args:
         context: makes the children.
-        when_spawned: called when all of an engine's processes are started and the handshake begins.
-        resources: takes the ``BackgroundResources`` of each client of EngineCore that vLLM makes.
+        when_spawned: called when all processes of an engine are started and the handshake begins.
+        resources: a list for the ``BackgroundResources`` of each client of EngineCore that vLLM makes.
     """
     INSPECTION.wrap(_inspect_in_child)
     resuming.INPUTS.wrap(resuming.cache_in_frontend)
@@ -101,7 +101,7 @@ def starts_from(
     context_token = _of_this_thread.set(context)
     spawned_token = _when_spawned.set(when_spawned)
     try:
-        # LD_PRELOAD from the beginning: the inspection of the model comes before vLLM sets it.
+        # LD_PRELOAD here, too: vLLM inspects the model before it sets it.
         variables = SPAWN | ld_preload() | context.environment
         with core_client.resources_recorded_in([] if resources is None else resources), changed(**variables):
             yield
@@ -111,7 +111,7 @@ def starts_from(
 
 
 def start_method() -> str | None:
-    """By which method vLLM would start an engine child here: "spawn" or "fork"; None without vLLM."""
+    """The method by which vLLM starts engine processes here: "spawn" or "fork"; None without vLLM."""
     owner = CONTEXT.owner()
     if owner is None or not hasattr(owner, "get_mp_context"):
         return None
@@ -122,7 +122,7 @@ def start_method() -> str | None:
 HANDSHAKE = Seam(
     "vllm.v1.engine.utils",
     "wait_for_engine_startup",
-    "ending the launch lock when the engine's processes are started",
+    "releasing the launch lock when the engine's processes are started",
     "engines of one process start one after the other, each until it is ready",
 )
 
@@ -175,10 +175,19 @@ def _send_result(sender: Connection, pickled_fn: bytes) -> None:
     sender.send_bytes(pickle.dumps(pickle.loads(pickled_fn)()))
 
 
+ENGINE_CLASS = Seam(
+    "vllm.engine.async_llm_engine",
+    "AsyncLLMEngine",
+    "replacing the engine that Xinference makes",
+    "no launch works",
+    vital=True,
+)
+
+
 @contextlib.contextmanager
 def engine_made_by(factory: Callable[[Any], Any]) -> Iterator[None]:
-    """Let ``AsyncLLMEngine.from_engine_args(args)``, where it is looked up meanwhile, be ``factory(args)``."""
-    module: Any = importlib.import_module("vllm.engine.async_llm_engine")
+    """Let ``AsyncLLMEngine.from_engine_args(args)`` be ``factory(args)`` inside the context."""
+    module: Any = importlib.import_module(ENGINE_CLASS.module)
     original = module.AsyncLLMEngine
     module.AsyncLLMEngine = SimpleNamespace(from_engine_args=factory)
     try:

@@ -1,4 +1,4 @@
-"""Which vLLM is installed, and which ones this package supports."""
+"""The installed version of vLLM, and the supported ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SUPPORTED = SpecifierSet(">=0.27.1,<0.34")
 
 
 def version() -> str | None:
-    """The version of the vLLM that this process imports; None where there is none."""
+    """The version of the vLLM that this process imports; None if it cannot."""
     try:
         return importlib.import_module("vllm").__version__
     except (ImportError, AttributeError):
@@ -21,7 +21,7 @@ def version() -> str | None:
 
 
 def is_supported(found: str, supported: SpecifierSet) -> bool:
-    """Whether the version ``found`` is in ``supported``; a build from a bare checkout, "dev", is in none."""
+    """Whether the version ``found`` is in ``supported``; "dev", a build from a bare checkout, is in none."""
     try:
         return supported.contains(Version(found).public, prereleases=True)
     except InvalidVersion:
@@ -29,7 +29,7 @@ def is_supported(found: str, supported: SpecifierSet) -> bool:
 
 
 def check_version() -> None:
-    """Refuse a vLLM that this package was not made for.
+    """Refuse an unsupported vLLM.
 
     Raises:
         UnsupportedVersionError: none is installed, or its version is out of range.
