@@ -42,12 +42,14 @@ class HostedModel(VLLMModel):
     model_family: Any
     _check_health_task: asyncio.Task[None] | None
 
-    def __init__(self, model_uid: str, model_family: Any, model_path: str, model_config: Any, *args: Any) -> None:
+    def __init__(
+        self, model_uid: str, model_family: Any, model_path: str, model_config: Any, peft_model: Any = None
+    ) -> None:  # Xinference hands LoRA modules only to a class with a parameter of this very name
         launch_arguments = {} if model_config is None else model_config
         self._options = Settings.options_in(launch_arguments)
         settings = Settings.resolve(self._options)  # a bad one fails here, before anything is made
         self._given = frozenset(launch_arguments)
-        super().__init__(model_uid, model_family, model_path, launch_arguments, *args)
+        super().__init__(model_uid, model_family, model_path, launch_arguments, peft_model)
         death_log.begin(self.raw_model_uid)
         self._stop_requested = False
         self._death: asyncio.Task[str] | None = None
