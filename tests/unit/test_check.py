@@ -166,7 +166,7 @@ class TestWhatARequestReturns:
 class TestADeadEngine:
     async def test_fails_the_request_with_one_sentence_and_is_reported_once(self) -> None:
         model = Model(EngineDeadError("EngineCore encountered an issue."))
-        with pytest.raises(EngineDiedError, match="engine of tiny died while the request r-7 ran; send it again") as caught:
+        with pytest.raises(EngineDiedError, match="of tiny died while the request r-7 ran; send it again") as caught:
             await model.async_chat(request_id="r-7")
         assert isinstance(caught.value.__cause__, EngineDeadError)
         assert model.deaths == 1

@@ -16,7 +16,7 @@ from xinf_vllm_backend import errors
 from xinf_vllm_backend.plugin import rest_errors
 
 
-class HTTPException(Exception):
+class HTTPError(Exception):
     def __init__(self, status_code: int, detail: str) -> None:
         super().__init__(detail)
         self.status_code, self.detail = status_code, detail
@@ -31,7 +31,7 @@ class RESTfulAPI:
     @staticmethod
     def handle_request_limit_error(error: Exception, *, sanitize: bool = False) -> None:
         if "Rate limit" in str(error):
-            raise HTTPException(429, f"sanitized={sanitize}")
+            raise HTTPError(429, f"sanitized={sanitize}")
 
 
 class App:
@@ -47,7 +47,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A new ``RESTfulAPI`` class, in an Xinference and a FastAPI that have nothing else."""
     cls: Any = type("RESTfulAPI", (), {"handle_request_limit_error": RESTfulAPI.__dict__["handle_request_limit_error"]})
     for name, content in {
-        "fastapi": {"HTTPException": HTTPException, "Request": object},
+        "fastapi": {"HTTPException": HTTPError, "Request": object},
         "fastapi.responses": {"JSONResponse": JSONResponse},
         "xinference": {},
         "xinference.api": {},
@@ -86,14 +86,14 @@ class TestAnErrorOfOneRequest:
     def test_has_its_status_and_its_text(
         self, api: Any, app: App, kind: type[Exception], status: int, sanitize: bool
     ) -> None:
-        with pytest.raises(HTTPException) as caught:
+        with pytest.raises(HTTPError) as caught:
             api.handle_request_limit_error(kind("Send it again."), sanitize=sanitize)
         assert (caught.value.status_code, caught.value.detail) == (status, "Send it again.")
 
     def test_is_recognised_as_xoscar_rebuilds_it_and_loses_xoscars_prefix(self, api: Any, app: App) -> None:
         text = "[address=127.0.0.1:1, pid=1] [address=unixsocket:///2, pid=2] It died."
         rebuilt = type("_EngineDiedError", (errors.EngineDiedError,), {"__str__": lambda self: text})()
-        with pytest.raises(HTTPException) as caught:
+        with pytest.raises(HTTPError) as caught:
             api.handle_request_limit_error(rebuilt)
         assert (caught.value.status_code, caught.value.detail) == (503, "It died.")
 
@@ -108,10 +108,8 @@ class TestAnErrorForTheOperator:
             if issubclass(cls, errors.BackendError) and not issubclass(cls, errors.RequestError)
         ],
     )
-    def test_keeps_its_text_from_the_client(
-        self, api: Any, app: App, kind: type[Exception], sanitize: bool
-    ) -> None:
-        with pytest.raises(HTTPException) as caught:
+    def test_keeps_its_text_from_the_client(self, api: Any, app: App, kind: type[Exception], sanitize: bool) -> None:
+        with pytest.raises(HTTPError) as caught:
             api.handle_request_limit_error(kind("OSError: token=hf_secret"), sanitize=sanitize)
         assert caught.value.status_code == 503
         assert "secret" not in caught.value.detail and "log" in caught.value.detail
@@ -124,7 +122,7 @@ class TestAnyOtherError:
     @pytest.mark.parametrize("sanitize", [False, True])
     def test_is_xinferences(self, api: Any, app: App, sanitize: bool) -> None:
         api.handle_request_limit_error(RuntimeError("anything"), sanitize=sanitize)
-        with pytest.raises(HTTPException, match=f"sanitized={sanitize}"):
+        with pytest.raises(HTTPError, match=f"sanitized={sanitize}"):
             api.handle_request_limit_error(RuntimeError("Rate limit reached"), sanitize=sanitize)
 
 

@@ -35,7 +35,7 @@ _BODIES = ("CreateCompletionRequest", "CreateChatCompletion")
 def answer_to(error: Exception) -> tuple[int, str] | None:
     """Status and text with which a request that raised ``error`` is answered; None if it is not one of ours.
 
-    The text of a ``BackendError`` that is no ``RequestError`` may hold what was cut from logs, and is kept from clients.
+    A ``BackendError`` that is no ``RequestError`` may hold what was cut from logs, so its text is kept from clients.
     """
     for cls in type(error).__mro__:
         if cls in STATUS:
