@@ -21,14 +21,14 @@ from ..engine.phase import Phase
 from ..engine.seams import platform, start, version
 from ..engine.spec import EngineSpec
 from ..engine.supervisor import EngineSupervisor
-from ..errors import BackendError, BadLaunchArgumentError, BadRequestError, EngineStartError, EngineStoppedError
-from ..settings import Settings
-from . import cluster_link, cpu, death_log, engine_log, pickling
+from ..errors import BackendError, BadLaunchArgumentError, EngineStartError, EngineStoppedError
+from ..settings import Settings, variable
+from . import cluster_link, cpu, death_log, engine_log, launch_arguments, pickling, request_arguments
 from .cluster_link import ClusterLink
 
 logger = logging.getLogger("xinference.vllm_backend")
 
-_TOKENIZER_FILE = re.compile(r"token|tekken|vocab|merges|spiece|\.model$")
+START_METHOD = "engine_start_method"
 EXIT_STATUS = 1  # by which Xinference sees that the model process has to be made anew
 
 
@@ -45,34 +45,24 @@ class HostedModel(VLLMModel):
     def __init__(
         self, model_uid: str, model_family: Any, model_path: str, model_config: Any, peft_model: Any = None
     ) -> None:  # Xinference hands LoRA modules only to a class with a parameter of this very name
-        launch_arguments = {} if model_config is None else model_config
-        self._options = Settings.options_in(launch_arguments)
-        settings = Settings.resolve(self._options)  # a bad one fails here, before anything is made
-        self._given = frozenset(launch_arguments)
-        super().__init__(model_uid, model_family, model_path, launch_arguments, peft_model)
+        arguments = {} if model_config is None else model_config
+        self._options = Settings.options_in(arguments)
+        Settings.resolve(self._options)  # a bad one fails here, before anything is made
+        self._given = frozenset(arguments)
+        super().__init__(model_uid, model_family, model_path, arguments, peft_model)
         death_log.begin(self.raw_model_uid)
         self._stop_requested = False
         self._death: asyncio.Task[str] | None = None
         self._link: ClusterLink | None = None
-        self._refuse_unsupported()
-        self._start_method = settings.engine_start_method if self._is_ours() else "spawn"
+        launch_arguments.refuse_unsupported(
+            self._enable_weight_cache, self._n_worker, self._get_xinference_executor_backend()
+        )
         if platform.is_cpu_build():
             self.model_family = cpu.without_vllm(self.model_family)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return pickling.reduce_model(self, self._start_method, str(self.model_path))
-
-    def _refuse_unsupported(self) -> None:
-        if self._enable_weight_cache:
-            raise BadLaunchArgumentError(
-                "enable_weight_cache is not supported by xinf_vllm_backend; launch without it, or unset "
-                "XINFERENCE_EXTENSIONS to use Xinference's own vLLM classes."
-            )
-        if self._n_worker == 1 and self._get_xinference_executor_backend() == "xoscar":
-            raise BadLaunchArgumentError(
-                "xinference_vllm_executor_backend='xoscar' (or XINFERENCE_VLLM_EXECUTOR_BACKEND) forks EngineCore and "
-                "is not supported on one worker; leave it out, and vLLM's own multiprocessing executor is used."
-            )
+        method = self._options.get(START_METHOD) if self._is_ours() else "spawn"
+        return pickling.reduce_model(self, method, variable(START_METHOD), str(self.model_path))
 
     # -- what this host offers
 
@@ -114,11 +104,11 @@ class HostedModel(VLLMModel):
             if not self._is_ours():
                 super().load()
                 return
-            self._check_model_directory()
+            launch_arguments.check_model_directory(Path(self.model_path), self.model_spec.model_format, self._given)
             self._load_here(started)
 
     def _load_here(self, started: float) -> None:
-        with _environment_kept():
+        with launch_arguments.environment_kept():
             with start.engine_made_by(self._make_supervisor):
                 super().load()
                 self._loading_thread.join(self._settings.load_timeout)
@@ -154,45 +144,14 @@ class HostedModel(VLLMModel):
         if platform.is_cpu_build():
             cpu.fill_in(config, self._given, self._settings)
         elif self._is_ours():
-            self._share_devices(config)
+            launch_arguments.share_devices(config, self._given, max(1, self._device_count or 0))
         return config
 
-    def _share_devices(self, config: Any) -> None:
-        """Give tensor parallelism, where the user did not say, what the other kinds leave of the devices."""
-        others = 1
-        for name in ("pipeline_parallel_size", "data_parallel_size"):
-            config[name] = _size(name, config.get(name) or 1)
-            others *= config[name]
-        devices = max(1, self._device_count or 0)
-        name = "tensor_parallel_size"
-        config[name] = _size(name, config[name]) if name in self._given else max(1, devices // others)
-        if config[name] * others > devices:
-            raise BadLaunchArgumentError(
-                f"tensor_parallel_size={config[name]} with {others} pipeline and data parallel ranks needs "
-                f"{config[name] * others} devices, but the model has {devices}; ask for fewer ranks or more devices."
-            )
-
-    def _sanitize_generate_config(self, generate_config: Any = None) -> Any:
+    @staticmethod
+    def _sanitize_generate_config(generate_config: Any = None) -> Any:
         config = VLLMModel._sanitize_generate_config(generate_config)
-        wanted, known = config["lora_name"], [lora.lora_name for lora in self.lora_requests]
-        if wanted is not None and wanted not in known:  # upstream would answer from the base model
-            raise BadRequestError(f"There is no LoRA {wanted!r}; the model has {', '.join(known) or 'none'}.")
-        if not isinstance(config["guided_json"], (str, dict, type(None))):  # upstream would answer unconstrained
-            raise BadRequestError("guided_json must be a JSON schema, as an object or as text.")
+        request_arguments.check_guided_json(config["guided_json"])
         return config
-
-    def _check_model_directory(self) -> None:
-        if self.model_spec.model_format == "ggufv2":
-            return
-        path = Path(self.model_path)
-        names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-        missing = None
-        if not names & {"config.json", "params.json"}:  # of Transformers and of Mistral
-            missing = "config.json"
-        elif not any(map(_TOKENIZER_FILE.search, names)) and not {"tokenizer", "skip_tokenizer_init"} & self._given:
-            missing = "tokenizer"  # without one vLLM makes up an empty one and serves nonsense
-        if missing:
-            raise BadLaunchArgumentError(f"The model directory {path} holds no {missing}; it is wrong or incomplete.")
 
     def _show(self, phase: Phase) -> None:
         logger.info("Loading %s: %s", self.raw_model_uid, phase.value)
@@ -333,29 +292,9 @@ class HostedModel(VLLMModel):
             self._engine.stop(self._settings.stop_timeout)
 
 
-def _size(name: str, value: Any) -> int:
-    if isinstance(value, str) and value.strip().isdecimal():
-        value = int(value)
-    if not isinstance(value, int) or value < 1:
-        raise BadLaunchArgumentError(f"{name}={value!r} cannot be used: it must be a whole number of 1 or more.")
-    return value
-
-
 def undecorated(method: Callable[..., Any]) -> Callable[..., Any]:
     """``method`` without the check that Xinference decorates it with, which stops the model on the event loop."""
     return getattr(method, "__wrapped__", method)
-
-
-@contextlib.contextmanager
-def _environment_kept() -> Iterator[None]:
-    """Undo what Xinference writes into ``os.environ`` while it prepares the arguments of an engine."""
-    before = dict(os.environ)
-    try:
-        yield
-    finally:
-        for name in os.environ.keys() - before.keys():
-            del os.environ[name]
-        os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})
 
 
 def _in_words(error: Exception) -> str:
