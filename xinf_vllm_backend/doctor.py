@@ -14,9 +14,9 @@ from packaging.specifiers import SpecifierSet
 
 from .engine import preload
 from .engine.seams import SEAMS, start, version
+from .plugin.xinference_version import SUPPORTED as XINFERENCE
 
 ENTRY = "xinf_vllm_backend:extension"
-XINFERENCE = SpecifierSet(">=4.1,<4.2")
 PYTHON = SpecifierSet(">=3.10")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..__version__ import __version__
+from . import xinference_version
 from .cluster_link import METRICS
 
 
@@ -41,6 +42,7 @@ def install() -> None:
 
     from .vllm.models import CLASSES
 
+    xinference_version.warn_if_unsupported()
     _define_metrics()
     if tuple(llm_family.VLLM_CLASSES[: len(CLASSES)]) == CLASSES:
         return
