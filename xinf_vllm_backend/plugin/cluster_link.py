@@ -66,12 +66,17 @@ class ClusterLink:
         event = Event(event_type=kind, event_ts=int(time.time()), event_content=text)
         await self._tell("event", self._supervised(EventCollectorActor, "report_event", self._model_uid, event))
 
-    async def announce_death(self, reason: str) -> None:
-        """Tell the cluster why this process is about to end, and count it; waits at most 2 s for each."""
+    async def announce_death(self, reason: str, *, count: bool) -> None:
+        """Tell the cluster why this process is about to end; waits at most 2 s.
+
+        Args:
+            reason: a sentence.
+            count: whether the death is to be counted; False for one that was.
+        """
         await asyncio.gather(
             self.announce(reason, error=True),
             self._tell("last error", self._worker("update_model_status", self._replica_uid, last_error=reason)),
-            self.count(DEATHS),
+            *([self.count(DEATHS)] if count else []),
         )
 
     async def count(self, metric: str) -> None:

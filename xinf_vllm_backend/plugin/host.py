@@ -51,6 +51,7 @@ class HostedModel(VLLMModel):
         self._given = frozenset(arguments)
         super().__init__(model_uid, model_family, model_path, arguments, peft_model)
         death_log.begin(self.raw_model_uid)
+        self._death_recorded = False  # that of the engine which is being restarted
         self._stop_requested = False
         self._death: asyncio.Task[str] | None = None
         self._link: ClusterLink | None = None
@@ -123,9 +124,8 @@ class HostedModel(VLLMModel):
         """Finish the load, and start the health task on the event loop."""
         with self._readable_errors():
             super().wait_for_load()
-        past = death_log.read(self.raw_model_uid)
-        if past:
-            self._announce(f"The model {self.raw_model_uid} serves again, after this: {past[-1]['reason']}")
+        for death in death_log.read(self.raw_model_uid).last[-1:]:
+            self._announce(f"The model {self.raw_model_uid} serves again, after this: {death['reason']}")
 
     def _make_supervisor(self, engine_args: Any) -> EngineSupervisor:
         spec = EngineSpec(
@@ -194,12 +194,15 @@ class HostedModel(VLLMModel):
         """Tell the cluster of an engine that is restarted in place, and that it is back."""
         name = self.raw_model_uid
         if move.state is State.RESTARTING:
+            self._death_recorded = True
             death_log.record(name, move.reason)
             self._count(cluster_link.DEATHS)
             self._announce(f"{move.reason}. It is being restarted in place, and requests wait for it.", error=True)
         elif move.state is State.STALE:
+            self._death_recorded = False
             self._announce(f"The vLLM engine of {name} does not serve: {move.reason}.", error=True)
         elif move.state is State.READY and move.previous is not State.STARTING:
+            self._death_recorded = False
             self._count(cluster_link.RESTARTS)
             self._announce(f"The vLLM engine of {name} serves again: {move.reason}.")
 
@@ -230,14 +233,18 @@ class HostedModel(VLLMModel):
             how = engine.failure or await asyncio.to_thread(engine.death)
         reason = f"{how}. The model process ends so that Xinference starts the model again."
         logger.error("%s", reason)
-        await self._attempt(asyncio.to_thread(death_log.record, self.raw_model_uid, reason))
+        if self._death_recorded:  # it was to be restarted, and could not be
+            death_log.amend(self.raw_model_uid, reason)
+        else:
+            death_log.record(self.raw_model_uid, reason)
+        await self._attempt(asyncio.to_thread(death_log.flush))
         if self._link is not None:
-            await self._attempt(self._link.announce_death(reason))
+            await self._attempt(self._link.announce_death(reason, count=not self._death_recorded))
         # Nothing of this engine may be alive beside the next one.
         await self._attempt(asyncio.to_thread(self._stop_engine))
         os._exit(EXIT_STATUS)
 
-    async def _attempt(self, step: Awaitable[None]) -> None:
+    async def _attempt(self, step: Awaitable[Any]) -> None:
         try:
             await step
         except Exception:  # the next step must be taken all the same
@@ -247,7 +254,7 @@ class HostedModel(VLLMModel):
         """State, processes and past deaths of this replica's engine, as plain data."""
         engine = self._engine
         ours = isinstance(engine, EngineSupervisor)
-        past = death_log.read(self.raw_model_uid)
+        deaths = await asyncio.to_thread(death_log.read, self.raw_model_uid)
         return {
             "replica": self.raw_model_uid,
             **(self._of_ours(engine) if ours else {"state": self._state_of_upstreams(), "processes": []}),
@@ -255,8 +262,7 @@ class HostedModel(VLLMModel):
             "python": sys.executable,
             "zygote": preload.zygote_pid(),
             "settings": self._settings.model_dump(),
-            "deaths": len(past),
-            "last_error": past[-1] if past else None,
+            **death_log.summary(deaths),
         }
 
     def _state_of_upstreams(self) -> str:
@@ -278,7 +284,10 @@ class HostedModel(VLLMModel):
     def stop(self) -> None:
         """Stop the engine in whatever state it is; idempotent, bounded; blocks, so never on an event loop."""
         death_log.forget(self.raw_model_uid)
-        super().stop()
+        try:
+            super().stop()
+        finally:
+            death_log.flush()
 
     def _stop_engine(self) -> None:
         self._stop_requested = True
