@@ -155,7 +155,7 @@ class TestDeathsAreForgotten:
             assert _reasons("tiny-1") == ["killed"]
             _next_process(monkeypatch)
 
-    def test_when_a_worker_first_makes_the_replica_but_not_when_it_makes_it_anew(
+    def test_when_a_worker_first_makes_the_replica_but_not_when_it_makes_it_again(
         self, home: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         death_log.record("tiny-0", "under an earlier worker")
@@ -255,7 +255,7 @@ class TestADiskThatFails:
 class TestADiskThatHangs:
     @pytest.fixture
     def hanging(self, home: Path) -> Iterator[None]:
-        """The file is a FIFO without a writer: whoever opens it waits."""
+        """The file is a FIFO without a writer: opening it blocks."""
         fifo = home / "vllm_backend" / "deaths" / "tiny-0.json"
         fifo.parent.mkdir(parents=True)
         os.mkfifo(fifo)

@@ -1,4 +1,4 @@
-"""What a model process tells the rest of the cluster: progress, events, the last error, counts."""
+"""Tells the rest of the cluster about a model process: progress, events, the last error, counts."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ..engine.phase import Phase
 # Under "xinference", or Xinference's own handlers drop it.
 logger = logging.getLogger("xinference.vllm_backend")
 
-TELL_TIMEOUT = 2.0  # seconds; nothing that is told may hold up a load or a recovery
+TELL_TIMEOUT = 2.0  # seconds; a message may not hold up a load or a recovery
 DEATHS, RESTARTS, INEXACT = "xinf_vllm_engine_deaths", "xinf_vllm_engine_restarts", "xinf_vllm_requests_inexact"
-# What each counts; the exporter calls them xinference:NAME_total, without the "xinf_".
+# By name, what each counts; the exporter shows NAME as xinference:NAME_total, without the "xinf_".
 METRICS = {
     DEATHS: "vLLM engines that died or hung while they served.",
     RESTARTS: "vLLM engines that came back in place.",
@@ -34,7 +34,7 @@ PHASE_PROGRESS = {
 
 
 class ClusterLink:
-    """The way from one model process to its worker and supervisor.
+    """Sends messages from one model process to its worker and supervisor.
 
     Args:
         address: address of the model's own actor pool.
@@ -50,7 +50,7 @@ class ClusterLink:
         self._model_uid, self._replica = parse_replica_model_uid(replica_uid)
 
     async def show_phase(self, phase: Phase) -> None:
-        """Put ``phase`` into the launch progress that the CLI, the UI and the REST API show."""
+        """Show ``phase`` in the launch progress of the CLI, the UI and the REST API."""
         from xinference.core.progress_tracker import ProgressTrackerActor
 
         details = {"stage": "loading", "phase": phase.value, "updated_at": time.time()}

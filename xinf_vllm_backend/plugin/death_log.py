@@ -251,13 +251,13 @@ def _write(path: Path, deaths: Deaths) -> None:
         path.unlink(missing_ok=True)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}")  # never half a file, of a process killed while it wrote
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")  # never half a file, of a process killed while it wrote
     try:
-        beside.write_text(json.dumps({"count": deaths.count, "last": deaths.last}))
-        beside.replace(path)
+        temporary.write_text(json.dumps({"count": deaths.count, "last": deaths.last}))
+        temporary.replace(path)
     except OSError:
         with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         raise
 
 

@@ -29,13 +29,13 @@ from .cluster_link import ClusterLink
 logger = logging.getLogger("xinference.vllm_backend")
 
 START_METHOD = "engine_start_method"
-EXIT_STATUS = 1  # by which Xinference sees that the model process has to be made anew
+EXIT_STATUS = 1  # tells Xinference to start the model process again
 
 
 class HostedModel(VLLMModel):
-    """Mixed into Xinference's vLLM classes: they prepare the engine's arguments, and we run the engine.
+    """A mixin for Xinference's vLLM classes: they prepare the engine's arguments, and it runs the engine.
 
-    An instance is pickled twice before ``load()``; until then it holds nothing but plain data. Models across several
+    An instance is pickled twice before ``load()``, so until then it holds only plain data. Models across several
     workers and with a Xavier cache run Xinference's own engine, with our errors, health task and stop.
     """
 
@@ -160,7 +160,7 @@ class HostedModel(VLLMModel):
 
     @contextlib.contextmanager
     def _readable_errors(self) -> Iterator[None]:
-        """Whatever is raised crosses the process border as one of our errors, with exactly one string."""
+        """Raise any exception as one of our errors with exactly one string, which can cross the process border."""
         try:
             yield
         except (BackendError, BadLaunchArgumentError) as error:
@@ -191,7 +191,7 @@ class HostedModel(VLLMModel):
         return engine.is_dead() if isinstance(engine, EngineSupervisor) else bool(engine.errored)
 
     def _moved(self, move: Move) -> None:
-        """Tell the cluster of an engine that is restarted in place, and that it is back."""
+        """Tell the cluster that the engine is being restarted in place, and that it is back."""
         name = self.raw_model_uid
         if move.state is State.RESTARTING:
             self._death_recorded = True
@@ -218,9 +218,12 @@ class HostedModel(VLLMModel):
         return self._stop_requested
 
     async def engine_died(self) -> str:
-        """End this process because its engine is dead, once whoever calls; Xinference then brings the model back.
+        """End this process because its engine is dead; Xinference then starts the model again.
 
-        The process is gone before any caller goes on.
+        Idempotent. The process ends before a caller continues.
+
+        Returns:
+            How the engine died, for the log.
         """
         if self._death is None:
             self._death = asyncio.get_running_loop().create_task(self._give_up())
@@ -240,14 +243,14 @@ class HostedModel(VLLMModel):
         await self._attempt(asyncio.to_thread(death_log.flush))
         if self._link is not None:
             await self._attempt(self._link.announce_death(reason, count=not self._death_recorded))
-        # Nothing of this engine may be alive beside the next one.
+        # The next engine may not start while this one is alive.
         await self._attempt(asyncio.to_thread(self._stop_engine))
         os._exit(EXIT_STATUS)
 
     async def _attempt(self, step: Awaitable[Any]) -> None:
         try:
             await step
-        except Exception:  # the next step must be taken all the same
+        except Exception:  # the next step must follow
             logger.exception("A step after the death of the engine of %s failed", self.raw_model_uid)
 
     async def engine_status(self) -> dict[str, Any]:
@@ -282,7 +285,7 @@ class HostedModel(VLLMModel):
     # -- stop
 
     def stop(self) -> None:
-        """Stop the engine in whatever state it is; idempotent, bounded; blocks, so never on an event loop."""
+        """Stop the engine in any state; idempotent and bounded. Blocks, so never call it on an event loop."""
         death_log.forget(self.raw_model_uid)
         try:
             super().stop()
