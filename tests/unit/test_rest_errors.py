@@ -75,7 +75,7 @@ EXPECTED = {
     errors.EngineStoppedError: 503,
     errors.EngineRestartingError: 503,
     errors.CannotResumeError: 503,
-    errors.RequestQuarantinedError: 503,
+    errors.RequestQuarantinedError: 500,
     errors.EngineStaleError: 503,
 }
 

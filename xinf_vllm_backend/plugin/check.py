@@ -28,7 +28,7 @@ def vllm_check(fn: F) -> F:
 
     @functools.wraps(fn)
     async def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        request = str(kwargs.get("request_id") or "of this client")
+        request = str(kwargs.get("request_id") or "without an id")
         try:
             result = await fn(self, *args, **kwargs)
         except Exception as error:

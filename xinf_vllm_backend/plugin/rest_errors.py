@@ -16,6 +16,7 @@ from ..errors import (
     RequestError,
     RequestFailedError,
     RequestNotFoundError,
+    RequestQuarantinedError,
     UnprocessableRequestError,
 )
 
@@ -25,6 +26,7 @@ STATUS: dict[type[Exception], int] = {
     RequestNotFoundError: 404,
     UnprocessableRequestError: 422,
     RequestFailedError: 500,
+    RequestQuarantinedError: 500,  # it must not be sent again as it is
     RequestError: 503,
 }
 _NOT_FOR_CLIENTS = "The model cannot serve the request; send it again later. Xinference's log has the cause."
