@@ -73,9 +73,14 @@ class ClusterLink:
             reason: a sentence.
             count: whether the death is to be counted; False for one that was.
         """
+        # Xinference shows its last error to the clients whose requests broke off: so it holds no cause.
+        last_error = (
+            f"The vLLM engine of {self._replica_uid} died, and the model is being started again; send the request "
+            "again later."
+        )
         await asyncio.gather(
             self.announce(reason, error=True),
-            self._tell("last error", self._worker("update_model_status", self._replica_uid, last_error=reason)),
+            self._tell("last error", self._worker("update_model_status", self._replica_uid, last_error=last_error)),
             *([self.count(DEATHS)] if count else []),
         )
 
