@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import inspect
 import os
 import pickle
 import signal
@@ -17,7 +18,7 @@ import pytest
 
 from xinf_vllm_backend.demo.tiny_model import model_registration
 from xinf_vllm_backend.engine.lifecycle import State
-from xinf_vllm_backend.errors import BackendError, BadRequestError, EngineStoppedError
+from xinf_vllm_backend.errors import BackendError, BadLaunchArgumentError, BadRequestError, EngineStoppedError
 from xinf_vllm_backend.plugin import death_log, pickling
 from xinf_vllm_backend.plugin.cluster_link import DEATHS, RESTARTS
 from xinf_vllm_backend.settings import Settings
@@ -219,3 +220,24 @@ def test_how_engines_are_started_is_settled_in_the_model_process(
         monkeypatch.setenv("XINF_VLLM_START_METHOD", environment)
     assert pickle.loads(pickled)._options == options
     assert started == [(expected, str(tiny_model))]
+
+
+@pytest.mark.parametrize("arguments", [{"enable_weight_cache": True}, {"xinference_vllm_executor_backend": "xoscar"}])
+def test_what_is_not_supported_is_refused_before_anything_is_made(
+    model: Any, tiny_model: Path, arguments: dict[str, Any]
+) -> None:
+    with pytest.raises(BadLaunchArgumentError, match="not supported"):
+        type(model)("tiny-rep1", model.model_family, str(tiny_model), arguments)
+
+
+def test_lora_modules_have_the_parameter_that_xinference_looks_for(model: Any, tiny_model: Path) -> None:
+    assert "peft_model" in inspect.signature(type(model).__init__).parameters
+    modules = [object()]
+    made = type(model)("tiny-rep1", model.model_family, str(tiny_model), {}, modules)
+    assert made.lora_modules is modules
+
+
+async def test_a_model_directory_that_lacks_its_config_is_refused(model: Any, tmp_path: Path) -> None:
+    model.model_path = str(tmp_path)
+    with pytest.raises(BadLaunchArgumentError, match=r"holds no config\.json"):
+        await asyncio.to_thread(model.load)
