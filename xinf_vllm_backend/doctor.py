@@ -14,10 +14,10 @@ from packaging.specifiers import SpecifierSet
 
 from .engine import preload
 from .engine.seams import SEAMS, Seam, start, version
+from .plugin.xinference_version import SUPPORTED as XINFERENCE
 from .process import tree
 
 ENTRY = "xinf_vllm_backend:extension"
-XINFERENCE = SpecifierSet(">=4.1,<4.2")
 PYTHON = SpecifierSet(">=3.10")
 
 

@@ -11,6 +11,14 @@ class BackendError(RuntimeError):
     """Something of the vLLM backend failed; the message says what, why and what to do."""
 
 
+class RequestError(BackendError):
+    """A request failed, and it was not the request's fault.
+
+    Clients read the text of this class and of those below it: it says what happened and whether to send the request
+    again, and never holds text cut from logs, which may hold paths and credentials. The cause goes to the log.
+    """
+
+
 class EngineStartError(BackendError):
     """The vLLM engine could not be started."""
 
@@ -19,37 +27,49 @@ class EngineStartTimeoutError(EngineStartError):
     """The vLLM engine was not ready by its deadline."""
 
 
-class EngineStoppedError(BackendError):
-    """The model was stopped while the request ran."""
+class UnsupportedVersionError(BackendError):
+    """The vLLM that was found is missing or outside the tested range."""
 
 
-class EngineDiedError(BackendError):
+class EngineStoppedError(RequestError):
+    """The model was stopped while it was loading or while the request ran."""
+
+
+class EngineDiedError(RequestError):
     """The vLLM engine died while it served."""
 
 
-class EngineRestartingError(BackendError):
+class EngineRestartingError(RequestError):
     """The request waited too long for an engine that is being restarted; it may be sent again."""
 
 
-class CannotResumeError(BackendError):
-    """The request had begun when its engine died, and is of a kind that cannot go on."""
+class CannotResumeError(RequestError):
+    """The engine died after the request had begun, and it is of a kind that cannot go on."""
 
 
-class RequestQuarantinedError(BackendError):
-    """The engine died again and again while it worked on this request."""
+class RequestQuarantinedError(RequestError):
+    """The engine died repeatedly while it worked on this request."""
 
 
-class EngineStaleError(BackendError):
+class EngineStaleError(RequestError):
     """The engine was restarted and has not got back the weights that it was given after its launch."""
 
 
+class RequestFailedError(RequestError):
+    """vLLM failed on this request, and would again; the engine lives."""
+
+
 class BadRequestError(ValueError):
-    """A request that cannot be served as it is; only this request failed."""
+    """A request that cannot be served as it is; only this request failed. Clients read the text."""
+
+
+class RequestNotFoundError(BadRequestError):
+    """The request names something that is not there."""
+
+
+class UnprocessableRequestError(BadRequestError):
+    """The request is well-formed, but what it holds or refers to cannot be used."""
 
 
 class BadLaunchArgumentError(ValueError):
     """A launch argument that cannot work; nothing was started."""
-
-
-class UnsupportedVersionError(BackendError):
-    """The vLLM that was found is missing or outside the tested range."""

@@ -62,12 +62,37 @@ print("all is so")
 """
 
 
-def test_the_extension_keeps_xinferences_rules_also_after_a_refresh_of_the_catalog(tmp_path: Path) -> None:
+BROKEN_VLLM = """
+import sys
+import xinference.model  # Xinference's own imports of vLLM are behind it
+from xinference.model.llm import llm_family
+
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "vllm":
+            raise OSError("libcudart.so.13: cannot open shared object file")
+
+for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
+    del sys.modules[name]
+sys.meta_path.insert(0, Broken())
+
+from xinference.extensions import get_extensions
+
+get_extensions()
+from xinf_vllm_backend.plugin.vllm.models import CLASSES
+
+assert tuple(llm_family.VLLM_CLASSES[:3]) == CLASSES, llm_family.VLLM_CLASSES
+print("all is so")
+"""
+
+
+@pytest.mark.parametrize("script", [REGISTRATION, BROKEN_VLLM], ids=["after a refresh of the catalog", "broken vLLM"])
+def test_the_extension_keeps_xinferences_rules(tmp_path: Path, script: str) -> None:
     environment = os.environ | {
         "XINFERENCE_EXTENSIONS": "xinf_vllm_backend:extension",
         "XINFERENCE_HOME": str(tmp_path),
         "XINFERENCE_ENABLE_VIRTUAL_ENV": "0",
     }
-    command = [sys.executable, "-c", REGISTRATION]
+    command = [sys.executable, "-c", script]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.splitlines()[-1:] == ["all is so"], done.stderr

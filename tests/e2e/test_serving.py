@@ -127,6 +127,16 @@ def test_a_second_model_for_generate_runs_beside_the_first(serving: Cluster, cli
     assert {process.pid for process in serving.engine_processes()} < before
 
 
+def test_a_start_method_given_by_env_counts_from_the_first_instruction_of_the_model_process(serving: Cluster) -> None:
+    launch = serving.launch("tiny-generate", "--enforce_eager", "true", "--env", "XINF_VLLM_START_METHOD", "spawn")
+    assert launch.returncode == 0, launch.stderr
+    answer = httpx.get(f"{serving.endpoint}/v1/models/tiny-generate/engine", trust_env=False)
+    (replica,) = answer.json()["replicas"]
+    assert replica["settings"]["engine_start_method"] == "spawn"
+    assert replica["zygote"] is None
+    assert serving.cli("terminate", "--model-uid", "tiny-generate").returncode == 0
+
+
 # Xinference reads clips by this module, which needs torchvision: there is none beside a CPU torch.
 CLIP_READER = """
 import base64, io, wave

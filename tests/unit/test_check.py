@@ -12,11 +12,20 @@ from typing import Any
 import pytest
 
 from xinf_vllm_backend.engine.seams.exceptions import engine_dead_errors
-from xinf_vllm_backend.errors import BackendError, BadRequestError, EngineDiedError, EngineStoppedError
+from xinf_vllm_backend.errors import (
+    BackendError,
+    BadRequestError,
+    CannotResumeError,
+    EngineDiedError,
+    EngineStartError,
+    EngineStoppedError,
+    RequestFailedError,
+)
 from xinf_vllm_backend.plugin.check import vllm_check
 
 TIMEOUT = 10.0
-REASON = "EngineCore (pid 12) was killed by SIGKILL"
+SECRET = "hf_tOkEn"
+REASON = f"EngineCore (pid 12) exited: OSError: /home/ann/.cache, Authorization: Bearer {SECRET}"
 
 
 class EngineDeadError(Exception):
@@ -155,11 +164,10 @@ class TestWhatARequestReturns:
 
 
 class TestADeadEngine:
-    async def test_fails_the_request_with_the_reason_and_is_reported_once(self) -> None:
+    async def test_fails_the_request_with_one_sentence_and_is_reported_once(self) -> None:
         model = Model(EngineDeadError("EngineCore encountered an issue."))
-        with pytest.raises(EngineDiedError) as caught:
-            await model.async_chat()
-        assert caught.value.args == (REASON,)
+        with pytest.raises(EngineDiedError, match="of tiny died while the request r-7 ran; send it again") as caught:
+            await model.async_chat(request_id="r-7")
         assert isinstance(caught.value.__cause__, EngineDeadError)
         assert model.deaths == 1
 
@@ -167,7 +175,7 @@ class TestADeadEngine:
     async def test_fails_a_stream_after_the_items_it_had(self, kind: type[Any]) -> None:
         model = Model(kind(1, 2, EngineDeadError()))
         got = []
-        with pytest.raises(EngineDiedError, match="SIGKILL"):
+        with pytest.raises(EngineDiedError, match="died"):
             async for item in await model.async_chat():
                 got.append(item)
         assert got == [1, 2]
@@ -241,19 +249,53 @@ class TestAnErrorThatVLLMRaisedItself:
         return error
 
     async def test_is_a_bad_request_where_the_request_is_to_blame(self) -> None:
-        error = self.error(ValueError("the prompt has 300 tokens, 256 fit"))
-        model = Model(error)
-        with pytest.raises(BadRequestError) as caught:
-            await model.async_chat()
-        assert caught.value.args == ("the prompt has 300 tokens, 256 fit",)
+        cause: Exception = type("VLLMValidationError", (Exception,), {"__module__": "vllm.exceptions"})(
+            "the prompt has 300 tokens, 256 fit"
+        )
+        for error in (cause, self.error(cause)):
+            model = Model(error)
+            with pytest.raises(BadRequestError) as caught:
+                await model.async_chat()
+            assert caught.value.args == ("the prompt has 300 tokens, 256 fit",)
+            assert model.deaths == 0
+
+    async def test_is_a_failed_request_where_it_is_not(self) -> None:
+        model = Model(Stream(1, self.error(KeyError("slot"))))
+        with pytest.raises(RequestFailedError):
+            await model.stream()
         assert model.deaths == 0
 
-    async def test_is_the_backends_where_it_is_not(self) -> None:
-        model = Model(Stream(1, self.error(KeyError("slot"))))
-        with pytest.raises(BackendError, match="KeyError: 'slot'") as caught:
-            await model.stream()
-        assert not isinstance(caught.value, EngineDiedError)
-        assert model.deaths == 0
+    async def test_is_an_error_of_ours_where_it_only_wraps_one(self) -> None:
+        with pytest.raises(CannotResumeError, match="of this kind"):
+            await Model(self.error(CannotResumeError("of this kind"))).async_chat()
+
+
+class TestWhatWasCutFromLogs:
+    """It may hold paths and credentials: it is for the operator, who finds it by the request's id."""
+
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize(
+        "error",
+        [
+            EngineDeadError(),
+            TestAnErrorThatVLLMRaisedItself.error(RuntimeError(REASON)),
+            TestAnErrorThatVLLMRaisedItself.error(ValueError(REASON)),
+            TestAnErrorThatVLLMRaisedItself.error(EngineStartError(REASON)),
+            EngineStartError(REASON),
+            BackendError(REASON),
+        ],
+        ids=lambda error: f"{type(error).__name__}-{type(error.__cause__).__name__}",
+    )
+    async def test_reaches_the_log_and_no_client(
+        self, error: Exception, stream: bool, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        model = Model(Stream(1, error) if stream else error)
+        with pytest.raises(BackendError) as caught:
+            result = await model.async_chat(request_id="r-7")
+            [item async for item in result]
+        assert SECRET not in str(caught.value) and "/home" not in str(caught.value)
+        assert "r-7" in str(caught.value) and "log" in str(caught.value)
+        assert SECRET in caplog.text and "r-7" in caplog.text
 
 
 @NO_VLLM

@@ -1,15 +1,24 @@
-"""The record of deaths on disk: written by a process that ends, read by the one that came after it."""
+"""The record of deaths: kept in memory for this process, and on disk for the one that comes after it."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import json
+import os
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 from xinf_vllm_backend.plugin import death_log
+
+BOUND = 10.0  # seconds; reached only by what hangs
 
 
 @pytest.fixture(autouse=True)
@@ -19,63 +28,274 @@ def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     constants.XINFERENCE_HOME = str(tmp_path / "home")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "xinference", ModuleType("xinference"))
     monkeypatch.setitem(sys.modules, "xinference.constants", constants)
+    _next_process(monkeypatch)
     return tmp_path / "home"
 
 
+def _next_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on nothing is in memory."""
+    monkeypatch.setattr(death_log, "_replicas", {})
+    monkeypatch.setattr(death_log, "_disk", death_log._Disk())
+
+
 def _reasons(replica_uid: str) -> list[str]:
-    return [death["reason"] for death in death_log.read(replica_uid)]
+    return [death["reason"] for death in death_log.read(replica_uid).last]
+
+
+def _files(home: Path) -> list[Path]:
+    assert death_log.flush(BOUND)
+    return [path for path in home.rglob("*") if path.is_file()]
 
 
 class TestDeathsAreKept:
-    def test_a_replica_that_never_died_has_none(self, home: Path) -> None:
-        assert death_log.read("tiny-0") == []
-        assert not home.exists()
+    def test_a_replica_that_never_died_has_none_and_leaves_no_file(self, home: Path) -> None:
+        assert death_log.read("tiny-0") == death_log.Deaths(0, ())
+        assert not _files(home) and not home.exists()
 
     def test_they_come_back_oldest_first_with_their_time(self) -> None:
         before = time.time()
         death_log.record("tiny-0", "killed by SIGKILL")
         death_log.record("tiny-0", "out of memory")
-        first, second = death_log.read("tiny-0")
+        first, second = death_log.read("tiny-0").last
         assert (first["reason"], second["reason"]) == ("killed by SIGKILL", "out of memory")
         assert before <= first["time"] <= second["time"] <= time.time()
 
-    def test_a_reason_of_several_lines_and_scripts_stays_one_death(self) -> None:
-        reason = 'ValueError: "模型"\nand more\u2028and more'
-        death_log.record("tiny-0", reason)
-        death_log.record("tiny-0", "again")
-        assert _reasons("tiny-0") == [reason, "again"]
+    def test_the_next_process_has_those_of_all_before_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        reasons = ['ValueError: "模型"\nand more\u2028and more', "again", "and again"]
+        for reason in reasons:
+            death_log.record("tiny-0", reason)
+            assert death_log.flush(BOUND)
+            _next_process(monkeypatch)
+        assert _reasons("tiny-0") == reasons
+        assert death_log.read("tiny-0").count == 3
+
+    def test_a_death_recorded_before_the_file_was_read_comes_after_those_in_it(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        death_log.record("tiny-0", "the first")
+        assert death_log.flush(BOUND)
+        _next_process(monkeypatch)
+        goes_on, read = threading.Event(), death_log._read
+
+        def late(path: Path) -> death_log.Deaths:
+            assert goes_on.wait(BOUND)
+            return read(path)
+
+        monkeypatch.setattr(death_log, "_read", late)
+        death_log.record("tiny-0", "the second")
+        goes_on.set()
+        assert _reasons("tiny-0") == ["the first", "the second"]
+
+    def test_all_are_counted_and_the_last_ones_kept(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        total = 2 * death_log.KEPT + 3
+        for number in range(total):
+            death_log.record("tiny-0", str(number))
+        assert death_log.flush(BOUND)
+        for _ in range(2):
+            assert death_log.read("tiny-0").count == total
+            assert _reasons("tiny-0") == [str(number) for number in range(total - death_log.KEPT, total)]
+            _next_process(monkeypatch)
+
+    def test_a_file_that_is_broken_counts_as_none_and_is_replaced(
+        self, home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        death_log.record("tiny-0", "killed")
+        (file,) = _files(home)
+        for content in (b"", b'{"count": 1', b"[]", b"\xff", b'{"count": "many", "last": []}'):
+            file.write_bytes(content)
+            _next_process(monkeypatch)
+            assert death_log.read("tiny-0").count == 0
+            death_log.record("tiny-0", "killed")
+            assert _files(home) == [file] and json.loads(file.read_text())["count"] == 1
+        assert caplog.text.count("could not be read") == 5
+
+    def test_a_death_that_turned_out_worse_is_still_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        death_log.amend("tiny-0", "nothing to amend")
+        death_log.record("tiny-0", "killed", {"stacks": [], "requests": []})
+        death_log.amend("tiny-0", "killed; it could not be restarted")
+        assert death_log.flush(BOUND)
+        for _ in range(2):
+            assert _reasons("tiny-0") == ["killed; it could not be restarted"]
+            assert "details" in death_log.read("tiny-0").last[0]
+            _next_process(monkeypatch)
 
     def test_what_a_death_leaves_behind_is_below_xinferences_home(self, home: Path) -> None:
         death_log.record("tiny-0", "killed")
-        assert [path.relative_to(home).parts[0] for path in home.rglob("*.jsonl")] == ["vllm_backend"]
+        assert [path.relative_to(home).parts[0] for path in _files(home)] == ["vllm_backend"]
 
 
 class TestReplicasAreKeptApart:
     def test_each_has_its_own_deaths(self) -> None:
         death_log.record("tiny-0", "killed")
-        assert death_log.read("tiny-1") == []
+        assert death_log.read("tiny-1").count == 0
 
     @pytest.mark.parametrize("uid", ["a/b", "../../escape", "..", "/etc/passwd", "空 格%2F", "a.b-0"])
     def test_a_name_that_is_no_file_name_stays_inside_the_directory(self, uid: str, home: Path) -> None:
         death_log.record(uid, "killed")
-        assert _reasons(uid) == ["killed"]
-        (file,) = home.parent.rglob("*.jsonl")
+        (file,) = _files(home)
         assert file.parent == home / "vllm_backend" / "deaths"
 
-    def test_names_that_look_alike_when_escaped_are_two(self) -> None:
+    def test_names_that_look_alike_when_escaped_are_two(self, monkeypatch: pytest.MonkeyPatch) -> None:
         death_log.record("a/b", "the first")
         death_log.record("a%2Fb", "the second")
+        assert death_log.flush(BOUND)
+        _next_process(monkeypatch)
         assert (_reasons("a/b"), _reasons("a%2Fb")) == (["the first"], ["the second"])
 
 
 class TestDeathsAreForgotten:
-    def test_when_the_replica_is_stopped_on_purpose(self) -> None:
+    def test_when_the_replica_is_stopped_on_purpose(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         death_log.record("tiny-0", "killed")
         death_log.record("tiny-1", "killed")
         death_log.forget("tiny-0")
-        assert death_log.read("tiny-0") == []
-        assert _reasons("tiny-1") == ["killed"]
+        death_log.forget("tiny-0")
+        assert len(_files(home)) == 1
+        for _ in range(2):
+            assert death_log.read("tiny-0").count == 0
+            assert _reasons("tiny-1") == ["killed"]
+            _next_process(monkeypatch)
 
-    def test_also_when_there_is_nothing_to_forget(self) -> None:
+    def test_when_a_worker_first_makes_the_replica_but_not_when_it_makes_it_again(
+        self, home: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        death_log.record("tiny-0", "under an earlier worker")
+        assert death_log.flush(BOUND)
+        _next_process(monkeypatch)
+        death_log.begin("tiny-0")
+        assert not _files(home)
+        file = home / "vllm_backend" / "deaths" / "tiny-0.json"
+        file.write_text('{"count": 1, "last": []}')  # by the model process
+        death_log.begin("tiny-0")
+        assert _files(home) == [file]
+
+
+STACK = {"pid": 12, "title": "VLLM::EngineCore", "text": "Thread 12 (idle)\n    wait (threading.py:327)"}
+REQUEST = {"id": "r-7", "prompt_tokens": 300, "given_tokens": 12}
+
+
+class TestAHangIsExplained:
+    def test_by_the_stacks_and_requests_of_the_last_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        death_log.record("tiny-0", "hung", {"stacks": [STACK], "requests": [REQUEST]})
+        death_log.record("tiny-0", "killed")
+        assert death_log.flush(BOUND)
+        for _ in range(2):
+            shown = death_log.summary(death_log.read("tiny-0"))
+            assert shown["deaths"] == 2
+            assert shown["last_error"].keys() == {"time", "reason"}
+            assert shown["last_error"]["reason"] == "killed"
+            hang = shown["last_hang"]
+            assert hang == {"time": hang["time"], "reason": "hung", "stacks": [STACK], "requests": [REQUEST]}
+            _next_process(monkeypatch)
+
+    def test_by_nothing_where_none_hung(self) -> None:
+        none = death_log.summary(death_log.read("tiny-0"))
+        assert none == {"deaths": 0, "last_error": None, "last_hang": None}
+        death_log.record("tiny-0", "killed")
+        assert death_log.summary(death_log.read("tiny-0"))["last_hang"] is None
+
+    @pytest.mark.parametrize(
+        "details",
+        [
+            {"stacks": [{**STACK, "text": "x" * 5_000_000}], "requests": [REQUEST]},
+            {"stacks": [{**STACK, "text": '"\n\x00模' * 500_000}] * 9, "requests": [{**REQUEST, "id": "r" * 999}] * 9},
+            {"stacks": [{**STACK, "title": "t" * 9999}] * 9999, "requests": [REQUEST] * 99_999},
+        ],
+        ids=["a long stack", "characters that JSON escapes", "many of each"],
+    )
+    def test_in_a_size_that_is_bounded(self, details: dict[str, Any]) -> None:
+        death_log.record("tiny-0", "hung", details)
+        kept = death_log.read("tiny-0").last[0]["details"]
+        assert 20_000 < len(json.dumps(kept)) <= death_log.MAX_DETAILS
+        assert kept["stacks"][0]["text"].startswith(details["stacks"][0]["text"][:30])
+        assert kept["requests"]
+
+    @pytest.mark.parametrize("details", [{"stacks": [{}]}, {"stacks": 3}, {"requests": [{"id": 1}]}])
+    def test_or_not_where_what_is_told_makes_no_sense(self, details: Any, caplog: pytest.LogCaptureFixture) -> None:
+        death_log.record("tiny-0", "hung", details)
+        assert _reasons("tiny-0") == ["hung"]
+        assert "could not be described" in caplog.text
+
+
+class TestADiskThatFails:
+    """It costs a log line and nothing else: what this process knows is in memory."""
+
+    @pytest.fixture(params=[errno.ENOSPC, errno.EROFS], ids=["full", "read-only"])
+    def failing(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*args: Any, **kwargs: Any) -> Any:
+            raise OSError(request.param, os.strerror(request.param))
+
+        for name in ("open", "write_text", "mkdir", "unlink", "replace"):
+            monkeypatch.setattr(Path, name, fail)
+
+    def test_loses_no_death(self, failing: None, caplog: pytest.LogCaptureFixture) -> None:
+        death_log.begin("tiny-0")
+        death_log.record("tiny-0", "killed")
+        assert death_log.flush(BOUND)
+        assert _reasons("tiny-0") == ["killed"]
+        assert "could not be written: OSError" in caplog.text
         death_log.forget("tiny-0")
+        assert death_log.flush(BOUND)
+        assert death_log.read("tiny-0").count == 0
+
+    def test_keeps_the_file_that_there_is(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(path: Path, text: str) -> int:
+            path.touch()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        death_log.record("tiny-0", "the first")
+        (file,) = _files(home)
+        with monkeypatch.context() as disk:
+            disk.setattr(Path, "write_text", full)
+            death_log.record("tiny-0", "the second")
+            assert _files(home) == [file]
+        assert json.loads(file.read_text())["count"] == 1
+        assert _reasons("tiny-0") == ["the first", "the second"]
+
+
+class TestADiskThatHangs:
+    @pytest.fixture
+    def hanging(self, home: Path) -> Iterator[None]:
+        """The file is a FIFO without a writer: opening it blocks."""
+        fifo = home / "vllm_backend" / "deaths" / "tiny-0.json"
+        fifo.parent.mkdir(parents=True)
+        os.mkfifo(fifo)
+        yield
+        with contextlib.suppress(FileNotFoundError):
+            os.close(os.open(fifo, os.O_RDWR | os.O_NONBLOCK))  # lets the reader go
+
+    @pytest.fixture
+    def impatient(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(death_log, "DISK_TIMEOUT", 0.2)
+
+    def test_blocks_nobody_who_records_or_forgets(self, hanging: None) -> None:
+        for _ in range(3 * death_log.MAX_QUEUED):
+            death_log.record("tiny-0", "killed")
+        assert not death_log.flush(0.1)
         death_log.forget("tiny-0")
+        death_log.begin("tiny-1")
+        assert death_log.read("tiny-0").count == 0
+
+    def test_keeps_a_reader_for_a_bounded_time_and_once(self, hanging: None, impatient: None) -> None:
+        death_log.record("tiny-0", "killed")
+        assert _reasons("tiny-0") == ["killed"]
+        begun = time.monotonic()
+        for _ in range(1000):
+            assert _reasons("tiny-0") == ["killed"]
+        assert time.monotonic() - begun < BOUND
+
+    def test_is_caught_up_with_when_it_goes_on(
+        self, home: Path, impatient: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        goes_on, write = threading.Event(), death_log._write
+
+        def late(path: Path, deaths: death_log.Deaths) -> None:
+            assert goes_on.wait(BOUND)
+            write(path, deaths)
+
+        monkeypatch.setattr(death_log, "_write", late)
+        total = 3 * death_log.MAX_QUEUED
+        for number in range(total):
+            death_log.record("tiny-0", str(number))
+        goes_on.set()
+        (file,) = _files(home)
+        assert json.loads(file.read_text())["count"] == total

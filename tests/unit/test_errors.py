@@ -77,7 +77,8 @@ class TestEveryErrorCrossesProcessBorders:
 
 class TestTheKindSaysWhatToDo:
     def test_what_the_user_can_mend_is_a_value_error_and_everything_else_is_the_backends(self) -> None:
-        users = {errors.BadLaunchArgumentError, errors.BadRequestError}
+        requests = {errors.BadRequestError, errors.RequestNotFoundError, errors.UnprocessableRequestError}
+        users = {errors.BadLaunchArgumentError, *requests}
         assert {error for error in ERRORS if issubclass(error, ValueError)} == users
         assert {error for error in ERRORS if not issubclass(error, errors.BackendError)} == users
 

@@ -125,6 +125,35 @@ def make_tiny_multimodal_model(directory: Path, *, seed: int = 0) -> Path:
     return directory
 
 
+def make_tiny_lora(directory: Path, model: Path, *, seed: int = 0) -> Path:
+    """Write a random LoRA adapter of rank 8 for the query projections of a model of :func:`make_tiny_model`.
+
+    Args:
+        directory: where to write; made if missing.
+        model: directory of the model.
+        seed: of the weights.
+
+    Returns:
+        ``directory``, absolute.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    directory = directory.resolve()
+    directory.mkdir(parents=True, exist_ok=True)
+    config = json.loads((model / "config.json").read_text())
+    draw = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(config["num_hidden_layers"]):
+        name = f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora"
+        tensors[f"{name}_A.weight"] = torch.randn(8, config["hidden_size"], generator=draw)
+        tensors[f"{name}_B.weight"] = torch.randn(config["hidden_size"], 8, generator=draw)
+    save_file(tensors, directory / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    _write_json(directory / "adapter_config.json", settings)
+    return directory
+
+
 def model_registration(
     name: str, path: Path, abilities: Sequence[str] = ("chat", "generate"), *, model_family: str | None = None
 ) -> dict[str, Any]:

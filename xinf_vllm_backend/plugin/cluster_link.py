@@ -1,4 +1,4 @@
-"""What a model process tells the rest of the cluster: progress, events, the last error, counts."""
+"""Tells the rest of the cluster about a model process: progress, events, the last error, counts."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ..engine.phase import Phase
 # Under "xinference", or Xinference's own handlers drop it.
 logger = logging.getLogger("xinference.vllm_backend")
 
-TELL_TIMEOUT = 2.0  # seconds; nothing that is told may hold up a load or a recovery
+TELL_TIMEOUT = 2.0  # seconds; a message may not hold up a load or a recovery
 DEATHS, RESTARTS, INEXACT = "xinf_vllm_engine_deaths", "xinf_vllm_engine_restarts", "xinf_vllm_requests_inexact"
-# What each counts; the exporter calls them xinference:NAME_total, without the "xinf_".
+# By name, what each counts; the exporter shows NAME as xinference:NAME_total, without the "xinf_".
 METRICS = {
     DEATHS: "vLLM engines that died or hung while they served.",
     RESTARTS: "vLLM engines that came back in place.",
@@ -34,7 +34,7 @@ PHASE_PROGRESS = {
 
 
 class ClusterLink:
-    """The way from one model process to its worker and supervisor.
+    """Sends messages from one model process to its worker and supervisor.
 
     Args:
         address: address of the model's own actor pool.
@@ -50,7 +50,7 @@ class ClusterLink:
         self._model_uid, self._replica = parse_replica_model_uid(replica_uid)
 
     async def show_phase(self, phase: Phase) -> None:
-        """Put ``phase`` into the launch progress that the CLI, the UI and the REST API show."""
+        """Show ``phase`` in the launch progress of the CLI, the UI and the REST API."""
         from xinference.core.progress_tracker import ProgressTrackerActor
 
         details = {"stage": "loading", "phase": phase.value, "updated_at": time.time()}
@@ -66,12 +66,22 @@ class ClusterLink:
         event = Event(event_type=kind, event_ts=int(time.time()), event_content=text)
         await self._tell("event", self._supervised(EventCollectorActor, "report_event", self._model_uid, event))
 
-    async def announce_death(self, reason: str) -> None:
-        """Tell the cluster why this process is about to end, and count it; waits at most 2 s for each."""
+    async def announce_death(self, reason: str, *, count: bool) -> None:
+        """Tell the cluster why this process is about to end; waits at most 2 s.
+
+        Args:
+            reason: a sentence.
+            count: whether the death is to be counted; False for one that was.
+        """
+        # Xinference shows its last error to the clients whose requests broke off: so it holds no cause.
+        last_error = (
+            f"The vLLM engine of {self._replica_uid} died, and the model is being started again; send the request "
+            "again later."
+        )
         await asyncio.gather(
             self.announce(reason, error=True),
-            self._tell("last error", self._worker("update_model_status", self._replica_uid, last_error=reason)),
-            self.count(DEATHS),
+            self._tell("last error", self._worker("update_model_status", self._replica_uid, last_error=last_error)),
+            *([self.count(DEATHS)] if count else []),
         )
 
     async def count(self, metric: str) -> None:

@@ -19,15 +19,15 @@ _VLLM_REQUIREMENT = re.compile(r"^\s*(?:#vllm_dependencies#|vllm(?![\w.-]))", re
 
 
 def fill_in(arguments: dict[str, Any], given: Set[str], settings: Settings) -> None:
-    """Replace Xinference's sizes for GPUs by such as work on a CPU host, where the user gave none.
+    """Replace Xinference's sizes, which are for GPUs, by ones that work on a CPU host, unless the user gave them.
 
-    vLLM takes ``gpu_memory_utilization`` as the share of all memory that must be free, which fails for a second model:
-    so the KV cache is given in bytes.
+    The KV cache is given in bytes: vLLM takes ``gpu_memory_utilization`` as the share of all memory that must be free,
+    which fails for a second model.
 
     Args:
         arguments: the engine's arguments, with Xinference's defaults; changed in place.
         given: the names of those that the user gave.
-        settings: ours.
+        settings: the options of the model.
     """
     if "block_size" not in given:
         arguments.pop("block_size", None)  # vLLM's own for CPU
@@ -41,9 +41,9 @@ def fill_in(arguments: dict[str, Any], given: Set[str], settings: Settings) -> N
 
 
 def without_vllm(model_family: Any) -> Any:
-    """A copy of ``model_family`` whose virtualenv installs no vLLM: it would be the CUDA build and shadow the CPU one.
+    """Return a copy of ``model_family`` whose virtualenv installs no vLLM, which would be the CUDA build.
 
-    The family itself is shared by all launches and is left as it is.
+    The family itself is shared by all launches and is not changed.
     """
     virtualenv = getattr(model_family, "virtualenv", None)
     if virtualenv is None or not any(map(_VLLM_REQUIREMENT.match, virtualenv.packages)):

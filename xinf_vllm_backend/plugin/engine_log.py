@@ -1,7 +1,7 @@
-"""vLLM's lines, and ours, where Xinference's are: in its log file, and ours on its console.
+"""Puts what vLLM and this package log into Xinference's log file, and what this package logs on its console.
 
-Xinference gives its processes a file handler, but engine processes only print, and vLLM when it is imported takes
-that handler off its logger.
+Xinference gives its processes a file handler. Engine processes only print, and vLLM removes that handler from its
+logger when it is imported.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ import logging
 import re
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-# "(EngineCore pid=12) INFO 11-20 09:00:00 " or a part of it: all that the file's own formatter says too.
+# "(EngineCore pid=12) INFO 11-20 09:00:00 " or a part of it: the file's own formatter adds the same.
 _PREFIX = re.compile(
     r"(?:\((?P<source>[^()]+) pid=(?P<pid>\d+)\) ?)?"
     r"(?:(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL) [\d-]+ [\d:.]+ (?=\[))?"
 )
-_UNFINISHED = re.compile(r"(?<!\d)(?!100%)\d+%(?: Completed ?)?\|")  # a progress bar, of which the end is enough
+_UNFINISHED = re.compile(r"(?<!\d)(?!100%)\d+%(?: Completed ?)?\|")  # a progress bar before its end
 
 
 def include_our_loggers() -> None:
-    """Let what this package logs reach Xinference's console too, which drops what is not named after Xinference."""
+    """Show what this package logs on Xinference's console, which drops loggers that are not named after Xinference."""
     logging.getLogger(__package__.partition(".")[0]).parent = logging.getLogger("xinference")
 
 
 def include_vllm_logger() -> None:
-    """Let what vLLM logs in this process reach the file too; to be called once vLLM is imported, and idempotent."""
+    """Write what vLLM logs in this process to the file; idempotent. Call it after vLLM is imported."""
     present = _file_handlers("vllm")
     for handler in _file_handlers("xinference"):
         if handler not in present:
@@ -33,7 +33,7 @@ def include_vllm_logger() -> None:
 
 
 def write(line: str) -> None:
-    """Write a line that an engine process printed to the file, if there is one; from any thread, and never raises."""
+    """Write a line that an engine process printed to the file, if there is one; thread-safe, never raises."""
     with contextlib.suppress(Exception):
         handlers = _file_handlers("xinference")
         line = _ESCAPES.sub("", line)
@@ -71,7 +71,7 @@ def _ignore(record: logging.LogRecord) -> None:
 
 
 def _file_handlers(name: str) -> list[logging.FileHandler]:
-    """Those that a record of the logger ``name`` gets to."""
+    """The file handlers that a record of the logger ``name`` reaches."""
     found: dict[logging.FileHandler, None] = {}  # in order, each once
     logger: logging.Logger | None = logging.getLogger(name)
     while logger is not None:

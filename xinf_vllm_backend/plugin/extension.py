@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from ..__version__ import __version__
+from . import xinference_version
 from .cluster_link import METRICS
 
 
 class VLLMBackendExtension:
-    """Puts our classes behind the engine name "vLLM"; adds to the API; leaves resources as they are."""
+    """Registers our classes for the engine "vLLM" and adds to the API; resources stay as they are."""
 
     name = "xinf_vllm_backend"
     api_version = 1
@@ -31,7 +32,7 @@ class VLLMBackendExtension:
 
 
 def install() -> None:
-    """Make ours the classes that "vLLM" means in this process; idempotent.
+    """Make "vLLM" mean our classes in this process; idempotent.
 
     Xinference's engine hooks run before any extension is loaded, so the class list is changed in place and the table
     made from it is rebuilt. A catalog refresh appends Xinference's own classes after ours, and the first match wins.
@@ -41,6 +42,7 @@ def install() -> None:
 
     from .vllm.models import CLASSES
 
+    xinference_version.warn_if_unsupported()
     _define_metrics()
     if tuple(llm_family.VLLM_CLASSES[: len(CLASSES)]) == CLASSES:
         return

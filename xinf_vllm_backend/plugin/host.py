@@ -21,56 +21,49 @@ from ..engine.phase import Phase
 from ..engine.seams import platform, start, version
 from ..engine.spec import EngineSpec
 from ..engine.supervisor import EngineSupervisor
-from ..errors import BackendError, BadLaunchArgumentError, BadRequestError, EngineStartError, EngineStoppedError
-from ..settings import Settings
-from . import cluster_link, cpu, death_log, engine_log, pickling
+from ..errors import BackendError, BadLaunchArgumentError, EngineStartError, EngineStoppedError
+from ..settings import Settings, variable
+from . import cluster_link, cpu, death_log, engine_log, launch_arguments, pickling, request_arguments
 from .cluster_link import ClusterLink
 
 logger = logging.getLogger("xinference.vllm_backend")
 
-_TOKENIZER_FILE = re.compile(r"token|tekken|vocab|merges|spiece|\.model$")
-EXIT_STATUS = 1  # by which Xinference sees that the model process has to be made anew
+START_METHOD = "engine_start_method"
+EXIT_STATUS = 1  # tells Xinference to start the model process again
 
 
 class HostedModel(VLLMModel):
-    """Mixed into Xinference's vLLM classes: they prepare the engine's arguments, and we run the engine.
+    """A mixin for Xinference's vLLM classes: they prepare the engine's arguments, and it runs the engine.
 
-    An instance is pickled twice before ``load()``; until then it holds nothing but plain data. Models across several
+    An instance is pickled twice before ``load()``, so until then it holds only plain data. Models across several
     workers and with a Xavier cache run Xinference's own engine, with our errors, health task and stop.
     """
 
     model_family: Any
     _check_health_task: asyncio.Task[None] | None
 
-    def __init__(self, model_uid: str, model_family: Any, model_path: str, model_config: Any, *args: Any) -> None:
-        launch_arguments = {} if model_config is None else model_config
-        self._options = Settings.options_in(launch_arguments)
-        settings = Settings.resolve(self._options)  # a bad one fails here, before anything is made
-        self._given = frozenset(launch_arguments)
-        super().__init__(model_uid, model_family, model_path, launch_arguments, *args)
+    def __init__(
+        self, model_uid: str, model_family: Any, model_path: str, model_config: Any, peft_model: Any = None
+    ) -> None:  # Xinference hands LoRA modules only to a class with a parameter of this very name
+        arguments = {} if model_config is None else model_config
+        self._options = Settings.options_in(arguments)
+        Settings.resolve(self._options)  # a bad one fails here, before anything is made
+        self._given = frozenset(arguments)
+        super().__init__(model_uid, model_family, model_path, arguments, peft_model)
         death_log.begin(self.raw_model_uid)
+        self._death_recorded = False  # that of the engine which is being restarted
         self._stop_requested = False
         self._death: asyncio.Task[str] | None = None
         self._link: ClusterLink | None = None
-        self._refuse_unsupported()
-        self._start_method = settings.engine_start_method if self._is_ours() else "spawn"
+        launch_arguments.refuse_unsupported(
+            self._enable_weight_cache, self._n_worker, self._get_xinference_executor_backend()
+        )
         if platform.is_cpu_build():
             self.model_family = cpu.without_vllm(self.model_family)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return pickling.reduce_model(self, self._start_method, str(self.model_path))
-
-    def _refuse_unsupported(self) -> None:
-        if self._enable_weight_cache:
-            raise BadLaunchArgumentError(
-                "enable_weight_cache is not supported by xinf_vllm_backend; launch without it, or unset "
-                "XINFERENCE_EXTENSIONS to use Xinference's own vLLM classes."
-            )
-        if self._n_worker == 1 and self._get_xinference_executor_backend() == "xoscar":
-            raise BadLaunchArgumentError(
-                "xinference_vllm_executor_backend='xoscar' (or XINFERENCE_VLLM_EXECUTOR_BACKEND) forks EngineCore and "
-                "is not supported on one worker; leave it out, and vLLM's own multiprocessing executor is used."
-            )
+        method = self._options.get(START_METHOD) if self._is_ours() else "spawn"
+        return pickling.reduce_model(self, method, variable(START_METHOD), str(self.model_path))
 
     # -- what this host offers
 
@@ -112,11 +105,11 @@ class HostedModel(VLLMModel):
             if not self._is_ours():
                 super().load()
                 return
-            self._check_model_directory()
+            launch_arguments.check_model_directory(Path(self.model_path), self.model_spec.model_format, self._given)
             self._load_here(started)
 
     def _load_here(self, started: float) -> None:
-        with _environment_kept():
+        with launch_arguments.environment_kept():
             with start.engine_made_by(self._make_supervisor):
                 super().load()
                 self._loading_thread.join(self._settings.load_timeout)
@@ -131,9 +124,8 @@ class HostedModel(VLLMModel):
         """Finish the load, and start the health task on the event loop."""
         with self._readable_errors():
             super().wait_for_load()
-        past = death_log.read(self.raw_model_uid)
-        if past:
-            self._announce(f"The model {self.raw_model_uid} serves again, after this: {past[-1]['reason']}")
+        for death in death_log.read(self.raw_model_uid).last[-1:]:
+            self._announce(f"The model {self.raw_model_uid} serves again, after this: {death['reason']}")
 
     def _make_supervisor(self, engine_args: Any) -> EngineSupervisor:
         spec = EngineSpec(
@@ -152,45 +144,14 @@ class HostedModel(VLLMModel):
         if platform.is_cpu_build():
             cpu.fill_in(config, self._given, self._settings)
         elif self._is_ours():
-            self._share_devices(config)
+            launch_arguments.share_devices(config, self._given, max(1, self._device_count or 0))
         return config
 
-    def _share_devices(self, config: Any) -> None:
-        """Give tensor parallelism, where the user did not say, what the other kinds leave of the devices."""
-        others = 1
-        for name in ("pipeline_parallel_size", "data_parallel_size"):
-            config[name] = _size(name, config.get(name) or 1)
-            others *= config[name]
-        devices = max(1, self._device_count or 0)
-        name = "tensor_parallel_size"
-        config[name] = _size(name, config[name]) if name in self._given else max(1, devices // others)
-        if config[name] * others > devices:
-            raise BadLaunchArgumentError(
-                f"tensor_parallel_size={config[name]} with {others} pipeline and data parallel ranks needs "
-                f"{config[name] * others} devices, but the model has {devices}; ask for fewer ranks or more devices."
-            )
-
-    def _sanitize_generate_config(self, generate_config: Any = None) -> Any:
+    @staticmethod
+    def _sanitize_generate_config(generate_config: Any = None) -> Any:
         config = VLLMModel._sanitize_generate_config(generate_config)
-        wanted, known = config["lora_name"], [lora.lora_name for lora in self.lora_requests]
-        if wanted is not None and wanted not in known:  # upstream would answer from the base model
-            raise BadRequestError(f"There is no LoRA {wanted!r}; the model has {', '.join(known) or 'none'}.")
-        if not isinstance(config["guided_json"], (str, dict, type(None))):  # upstream would answer unconstrained
-            raise BadRequestError("guided_json must be a JSON schema, as an object or as text.")
+        request_arguments.check_guided_json(config["guided_json"])
         return config
-
-    def _check_model_directory(self) -> None:
-        if self.model_spec.model_format == "ggufv2":
-            return
-        path = Path(self.model_path)
-        names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-        missing = None
-        if not names & {"config.json", "params.json"}:  # of Transformers and of Mistral
-            missing = "config.json"
-        elif not any(map(_TOKENIZER_FILE.search, names)) and not {"tokenizer", "skip_tokenizer_init"} & self._given:
-            missing = "tokenizer"  # without one vLLM makes up an empty one and serves nonsense
-        if missing:
-            raise BadLaunchArgumentError(f"The model directory {path} holds no {missing}; it is wrong or incomplete.")
 
     def _show(self, phase: Phase) -> None:
         logger.info("Loading %s: %s", self.raw_model_uid, phase.value)
@@ -199,7 +160,7 @@ class HostedModel(VLLMModel):
 
     @contextlib.contextmanager
     def _readable_errors(self) -> Iterator[None]:
-        """Whatever is raised crosses the process border as one of our errors, with exactly one string."""
+        """Raise any exception as one of our errors with exactly one string, which can cross the process border."""
         try:
             yield
         except (BackendError, BadLaunchArgumentError) as error:
@@ -230,15 +191,18 @@ class HostedModel(VLLMModel):
         return engine.is_dead() if isinstance(engine, EngineSupervisor) else bool(engine.errored)
 
     def _moved(self, move: Move) -> None:
-        """Tell the cluster of an engine that is restarted in place, and that it is back."""
+        """Tell the cluster that the engine is being restarted in place, and that it is back."""
         name = self.raw_model_uid
         if move.state is State.RESTARTING:
+            self._death_recorded = True
             death_log.record(name, move.reason)
             self._count(cluster_link.DEATHS)
             self._announce(f"{move.reason}. It is being restarted in place, and requests wait for it.", error=True)
         elif move.state is State.STALE:
+            self._death_recorded = False
             self._announce(f"The vLLM engine of {name} does not serve: {move.reason}.", error=True)
         elif move.state is State.READY and move.previous is not State.STARTING:
+            self._death_recorded = False
             self._count(cluster_link.RESTARTS)
             self._announce(f"The vLLM engine of {name} serves again: {move.reason}.")
 
@@ -254,9 +218,12 @@ class HostedModel(VLLMModel):
         return self._stop_requested
 
     async def engine_died(self) -> str:
-        """End this process because its engine is dead, once whoever calls; Xinference then brings the model back.
+        """End this process because its engine is dead; Xinference then starts the model again.
 
-        The process is gone before any caller goes on.
+        Idempotent. The process ends before a caller continues.
+
+        Returns:
+            How the engine died, for the log.
         """
         if self._death is None:
             self._death = asyncio.get_running_loop().create_task(self._give_up())
@@ -269,24 +236,28 @@ class HostedModel(VLLMModel):
             how = engine.failure or await asyncio.to_thread(engine.death)
         reason = f"{how}. The model process ends so that Xinference starts the model again."
         logger.error("%s", reason)
-        await self._attempt(asyncio.to_thread(death_log.record, self.raw_model_uid, reason))
+        if self._death_recorded:  # it was to be restarted, and could not be
+            death_log.amend(self.raw_model_uid, reason)
+        else:
+            death_log.record(self.raw_model_uid, reason)
+        await self._attempt(asyncio.to_thread(death_log.flush))
         if self._link is not None:
-            await self._attempt(self._link.announce_death(reason))
-        # Nothing of this engine may be alive beside the next one.
+            await self._attempt(self._link.announce_death(reason, count=not self._death_recorded))
+        # The next engine may not start while this one is alive.
         await self._attempt(asyncio.to_thread(self._stop_engine))
         os._exit(EXIT_STATUS)
 
-    async def _attempt(self, step: Awaitable[None]) -> None:
+    async def _attempt(self, step: Awaitable[Any]) -> None:
         try:
             await step
-        except Exception:  # the next step must be taken all the same
+        except Exception:  # the next step must follow
             logger.exception("A step after the death of the engine of %s failed", self.raw_model_uid)
 
     async def engine_status(self) -> dict[str, Any]:
         """State, processes and past deaths of this replica's engine, as plain data."""
         engine = self._engine
         ours = isinstance(engine, EngineSupervisor)
-        past = death_log.read(self.raw_model_uid)
+        deaths = await asyncio.to_thread(death_log.read, self.raw_model_uid)
         return {
             "replica": self.raw_model_uid,
             **(self._of_ours(engine) if ours else {"state": self._state_of_upstreams(), "processes": []}),
@@ -294,8 +265,7 @@ class HostedModel(VLLMModel):
             "python": sys.executable,
             "zygote": preload.zygote_pid(),
             "settings": self._settings.model_dump(),
-            "deaths": len(past),
-            "last_error": past[-1] if past else None,
+            **death_log.summary(deaths),
         }
 
     def _state_of_upstreams(self) -> str:
@@ -315,9 +285,12 @@ class HostedModel(VLLMModel):
     # -- stop
 
     def stop(self) -> None:
-        """Stop the engine in whatever state it is; idempotent, bounded; blocks, so never on an event loop."""
+        """Stop the engine in any state; idempotent and bounded. Blocks, so never call it on an event loop."""
         death_log.forget(self.raw_model_uid)
-        super().stop()
+        try:
+            super().stop()
+        finally:
+            death_log.flush()
 
     def _stop_engine(self) -> None:
         self._stop_requested = True
@@ -331,29 +304,9 @@ class HostedModel(VLLMModel):
             self._engine.stop(self._settings.stop_timeout)
 
 
-def _size(name: str, value: Any) -> int:
-    if isinstance(value, str) and value.strip().isdecimal():
-        value = int(value)
-    if not isinstance(value, int) or value < 1:
-        raise BadLaunchArgumentError(f"{name}={value!r} cannot be used: it must be a whole number of 1 or more.")
-    return value
-
-
 def undecorated(method: Callable[..., Any]) -> Callable[..., Any]:
     """``method`` without the check that Xinference decorates it with, which stops the model on the event loop."""
     return getattr(method, "__wrapped__", method)
-
-
-@contextlib.contextmanager
-def _environment_kept() -> Iterator[None]:
-    """Undo what Xinference writes into ``os.environ`` while it prepares the arguments of an engine."""
-    before = dict(os.environ)
-    try:
-        yield
-    finally:
-        for name in os.environ.keys() - before.keys():
-            del os.environ[name]
-        os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})
 
 
 def _in_words(error: Exception) -> str:

@@ -1,13 +1,14 @@
-"""How a model arrives in its own process: the zygote is started before anything heavy is imported.
+"""How a model is unpickled in its own process: the zygote is started before anything heavy is imported.
 
-Xinference pickles the model in the worker. Its class, and the plain data it holds, come with all of Xinference's and
-vLLM's modules: several seconds in which a zygote, started first, imports its own beside them.
+Xinference pickles the model in the worker. Unpickling its class and data imports all of Xinference and vLLM, which
+takes several seconds; a zygote that was started first does its own imports at the same time.
 """
 
 from __future__ import annotations
 
 import gc
 import importlib
+import os
 import pickle
 import sys
 from typing import Any
@@ -19,26 +20,27 @@ from . import engine_log
 SUB_POOL = "start_sub_pool"
 
 
-def reduce_model(model: Any, method: str, path: str) -> tuple[Any, ...]:
+def reduce_model(model: Any, method: str | None, variable: str, path: str) -> tuple[Any, ...]:
     """What ``__reduce__`` of ``model`` is to return.
 
     Args:
         model: holds plain data only.
-        method: the setting ``engine_start_method``; "spawn" starts no zygote.
+        method: the setting ``engine_start_method`` if the launch gave it; "spawn" starts no zygote.
+        variable: the environment variable of that setting, which counts in the model process if the launch did not.
         path: directory of the model.
     """
     cls = type(model)
     # Nested, so that nothing of it is unpickled, and imported, before the zygote is started.
-    return _rebuild_model, (method, path, cls.__module__, cls.__qualname__, pickle.dumps(vars(model)))
+    return _rebuild_model, (method, variable, path, cls.__module__, cls.__qualname__, pickle.dumps(vars(model)))
 
 
-def _rebuild_model(method: str, path: str, module: str, name: str, state: bytes) -> Any:
+def _rebuild_model(method: str | None, variable: str, path: str, module: str, name: str, state: bytes) -> Any:
     in_model_process = SUB_POOL in sys.argv
     if in_model_process:
         engine_log.include_our_loggers()
-        preload.start_zygote(method, path)
+        preload.start_zygote(method or os.environ.get(variable) or "auto", path)
     collects = gc.isenabled()
-    gc.disable()  # a fourth of the time of the imports, and nothing found
+    gc.disable()  # it takes a fourth of the time of the imports and finds nothing
     try:
         cls = getattr(importlib.import_module(module), name)
         model = cls.__new__(cls)

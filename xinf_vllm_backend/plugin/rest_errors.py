@@ -1,7 +1,7 @@
 """What a REST client reads about a request that cannot be served.
 
 Xinference answers a chat whose backend raised anything with "check the server logs", and a body that does not validate
-with a status of 500. Ours are written for the client, so they are passed on.
+with a status of 500. Our request errors are written for the client, so they are passed on.
 """
 
 from __future__ import annotations
@@ -10,10 +10,39 @@ import functools
 import re
 from typing import Any
 
-from ..errors import BackendError, BadRequestError
+from ..errors import (
+    BackendError,
+    BadRequestError,
+    RequestError,
+    RequestFailedError,
+    RequestNotFoundError,
+    RequestQuarantinedError,
+    UnprocessableRequestError,
+)
 
+# The HTTP status of each class of errors that clients read, and of those below it that are not here.
+STATUS: dict[type[Exception], int] = {
+    BadRequestError: 400,
+    RequestNotFoundError: 404,
+    UnprocessableRequestError: 422,
+    RequestFailedError: 500,
+    RequestQuarantinedError: 500,  # it must not be sent again as it is
+    RequestError: 503,
+}
+_NOT_FOR_CLIENTS = "The model cannot serve the request; send it again later. Xinference's log has the cause."
 _ACTOR = re.compile(r"^(?:\[address=[^\]]*\] )+")
 _BODIES = ("CreateCompletionRequest", "CreateChatCompletion")
+
+
+def answer_to(error: Exception) -> tuple[int, str] | None:
+    """Status and text with which a request that raised ``error`` is answered; None if it is not one of ours.
+
+    A ``BackendError`` that is no ``RequestError`` may hold what was cut from logs, so its text is kept from clients.
+    """
+    for cls in type(error).__mro__:
+        if cls in STATUS:
+            return STATUS[cls], _ACTOR.sub("", str(error))
+    return (503, _NOT_FOR_CLIENTS) if isinstance(error, BackendError) else None
 
 
 def install(app: Any) -> None:
@@ -41,9 +70,9 @@ def install(app: Any) -> None:
 
     @functools.wraps(original)
     def handle(error: Exception, *, sanitize: bool = False) -> None:
-        if isinstance(error, (BackendError, BadRequestError)):
-            status = 400 if isinstance(error, BadRequestError) else 503
-            raise HTTPException(status_code=status, detail=_ACTOR.sub("", str(error)))
+        ours = answer_to(error)  # fit for clients, sanitized or not
+        if ours is not None:
+            raise HTTPException(status_code=ours[0], detail=ours[1])
         original(error, sanitize=sanitize)
 
     RESTfulAPI.handle_request_limit_error = staticmethod(handle)

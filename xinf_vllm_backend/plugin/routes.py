@@ -1,4 +1,4 @@
-"""REST routes beside Xinference's own."""
+"""The REST routes that this package adds to Xinference's."""
 
 from __future__ import annotations
 

@@ -9,19 +9,20 @@ from xinference.model.llm.vllm.core import VLLMChatModel, VLLMModel, VLLMMultiMo
 
 from ..check import vllm_check
 from ..host import HostedModel, undecorated
+from ..request_arguments import lora_checked
 
 
 class HostedVLLMModel(HostedModel):
-    async_generate = vllm_check(undecorated(VLLMModel.async_generate))
+    async_generate = vllm_check(lora_checked(undecorated(VLLMModel.async_generate)))
 
 
 class HostedVLLMChatModel(HostedModel, VLLMChatModel):
-    async_generate = vllm_check(undecorated(VLLMChatModel.async_generate))
+    async_generate = vllm_check(lora_checked(undecorated(VLLMChatModel.async_generate)))
     async_chat = vllm_check(undecorated(VLLMChatModel.async_chat))
 
 
 class HostedVLLMMultiModel(HostedModel, VLLMMultiModel):
-    async_generate = vllm_check(undecorated(VLLMMultiModel.async_generate))
+    async_generate = vllm_check(lora_checked(undecorated(VLLMMultiModel.async_generate)))
     async_chat = vllm_check(undecorated(VLLMMultiModel.async_chat))
 
 
