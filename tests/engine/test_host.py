@@ -17,6 +17,7 @@ import cloudpickle
 import pytest
 
 from xinf_vllm_backend.demo.tiny_model import model_registration
+from xinf_vllm_backend.engine.death import Death
 from xinf_vllm_backend.engine.lifecycle import State
 from xinf_vllm_backend.errors import BackendError, BadLaunchArgumentError, BadRequestError, EngineStoppedError
 from xinf_vllm_backend.plugin import death_log, pickling
@@ -127,7 +128,7 @@ async def unstarted(model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 async def test_a_death_that_no_restart_mends_is_one_death(unstarted: Any) -> None:
     engine = unstarted._engine
-    engine.lifecycle.move(State.RESTARTING, "It was killed")
+    engine.lifecycle.move(State.RESTARTING, "It was killed", Death("It was killed"))
     engine._give_up("It was killed; it could not be restarted")
     await unstarted.engine_died()
     status = await unstarted.engine_status()
@@ -139,7 +140,7 @@ async def test_a_death_that_no_restart_mends_is_one_death(unstarted: Any) -> Non
 
 async def test_a_death_after_a_restart_is_a_second_one(unstarted: Any) -> None:
     engine = unstarted._engine
-    engine.lifecycle.move(State.RESTARTING, "It was killed")
+    engine.lifecycle.move(State.RESTARTING, "It was killed", Death("It was killed"))
     engine.lifecycle.move(State.READY, "it was restarted")
     engine._give_up("It was killed again")
     await unstarted.engine_died()
@@ -154,7 +155,7 @@ async def test_a_home_on_a_disk_that_hangs_stops_neither_the_loop_nor_the_engine
     goes_on = threading.Event()
     monkeypatch.setattr(death_log, "_replicas", {})  # as in a model process that has just been made
     monkeypatch.setattr(death_log, "_read", lambda path: goes_on.wait(BOUND) and death_log.Deaths())
-    unstarted._engine.lifecycle.move(State.RESTARTING, "It was killed")
+    unstarted._engine.lifecycle.move(State.RESTARTING, "It was killed", Death("It was killed"))
     asked = asyncio.create_task(unstarted.engine_status())
     try:
         await asyncio.sleep(0)  # it begins, on this loop
@@ -171,7 +172,7 @@ async def test_a_home_on_a_full_disk_costs_a_log_line(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(death_log, "_write", full)
-    unstarted._engine.lifecycle.move(State.RESTARTING, "It was killed")
+    unstarted._engine.lifecycle.move(State.RESTARTING, "It was killed", Death("It was killed"))
     unstarted._engine.lifecycle.move(State.READY, "it was restarted")
     assert await asyncio.to_thread(death_log.flush, BOUND)
     status = await unstarted.engine_status()

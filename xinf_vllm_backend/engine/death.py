@@ -40,11 +40,13 @@ class Death:
         reason: a sentence, with the root cause where one is known; it may quote the engine's output, so it is not for
             clients.
         requests: those that the engine worked on.
-        stacks: of all threads of all its processes, taken before it was killed; empty for one that died by itself.
+        hung: whether it was killed because it hung.
+        stacks: of all threads of all processes of one that hung, taken before it was killed.
     """
 
     reason: str
     requests: tuple[RequestInFlight, ...] = ()
+    hung: bool = False
     stacks: tuple[Stack, ...] = ()
 
     def explained(self) -> str:
@@ -55,6 +57,8 @@ class Death:
         stacks = "".join(f"\n{stack.title} (pid {stack.pid}):\n{stack.text}" for stack in self.stacks)
         return f"{self.reason}\nIn flight:{requests or ' nothing'}" + (f"\nStacks:{stacks}" if stacks else "")
 
-    def details(self) -> dict[str, Any]:
-        """Requests and stacks as plain data."""
+    def details(self) -> dict[str, Any] | None:
+        """What explains a hang, its requests and stacks, as plain data; None for an engine that died by itself."""
+        if not self.hung:
+            return None
         return {"requests": list(map(asdict, self.requests)), "stacks": list(map(asdict, self.stacks))}

@@ -240,7 +240,7 @@ class EngineProcesses:
         except Exception as error:  # the next one is not started before this one is gone
             logger.exception("What is left of the vLLM engine of %s could not be ended: %s", self._spec.name, error)
         self._context.await_output(EXIT_TIMEOUT)
-        return Death(how if hung else self._death(how), stacks=stacks)
+        return Death(how if hung else self._death(how), hung=hung, stacks=stacks)
 
     def _hang(self, silent: float) -> str:
         name = self._spec.name

@@ -158,7 +158,7 @@ class EngineSupervisor:
         silent = 0.0 if self._watch is None else self._watch.silent
         death = await self._meanwhile(asyncio.to_thread(self._current.end, ending, silent))
         death = replace(death, requests=in_flight)
-        if ending is Ending.HUNG:
+        if death.hung:
             logger.error("%s", death.explained())
         return death
 

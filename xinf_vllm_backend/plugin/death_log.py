@@ -287,8 +287,8 @@ def _stack(stack: Mapping[str, Any], room: int) -> dict[str, Any]:
 def _request(request: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "id": str(request["id"])[:200],
-        "prompt_tokens": int(request["prompt_tokens"]),
-        "given_tokens": int(request["given_tokens"]),
+        "prompt_tokens": request["prompt_tokens"],
+        "given_tokens": request["given_tokens"],
     }
 
 

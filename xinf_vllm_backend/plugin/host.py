@@ -193,10 +193,11 @@ class HostedModel(VLLMModel):
     def _moved(self, move: Move) -> None:
         """Tell the cluster that the engine is being restarted in place, and that it is back."""
         name = self.raw_model_uid
-        if move.state is State.RESTARTING:
+        if move.death is not None:
             self._death_recorded = True
-            death_log.record(name, move.reason)
+            death_log.record(name, move.death.reason, move.death.details())
             self._count(cluster_link.DEATHS)
+        if move.state is State.RESTARTING:
             self._announce(f"{move.reason}. It is being restarted in place, and requests wait for it.", error=True)
         elif move.state is State.STALE:
             self._death_recorded = False
