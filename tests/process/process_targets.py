@@ -318,38 +318,19 @@ class Holder:
 
 
 def wait_in_threads(end: Connection) -> None:
-    inside = threading.Barrier(3)
+    inside = threading.Barrier(3)  # one more than come
     for target in (first_thread_waits, second_thread_waits):
         threading.Thread(target=target, args=(inside,), daemon=True).start()
-    inside.wait(TIMEOUT)
-    end.send("ready")
+    assert becomes(lambda: inside.n_waiting == 2)
     echo(end)
 
 
 def first_thread_waits(inside: threading.Barrier) -> None:
-    inside.wait(TIMEOUT)
-    threading.Event().wait()
+    inside.wait()
 
 
 def second_thread_waits(inside: threading.Barrier) -> None:
-    inside.wait(TIMEOUT)
-    threading.Event().wait()
-
-
-def wait_deep_in_many_threads(end: Connection) -> None:
-    inside = threading.Barrier(31)
-    for _ in range(30):
-        threading.Thread(target=wait_deep, args=(inside, 50), daemon=True).start()
-    inside.wait(TIMEOUT)
-    end.send("ready")
-    echo(end)
-
-
-def wait_deep(inside: threading.Barrier, depth: int) -> None:
-    if depth:
-        wait_deep(inside, depth - 1)
-    inside.wait(TIMEOUT)
-    threading.Event().wait()
+    inside.wait()
 
 
 def ignore_questions(end: Connection, number: int) -> None:

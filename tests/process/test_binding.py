@@ -109,7 +109,7 @@ class TestAHealthyFamilyLives:
 
 
 class TestNobodyOutlivesTheOwner:
-    def test_that_is_killed(self, family: Family) -> None:
+    def test_family_ends_with_an_owner_that_is_killed(self, family: Family) -> None:
         family.owner.kill()
         assert family.descendants_are_gone()
 
@@ -137,7 +137,7 @@ class TestNobodyOutlivesTheOwner:
         family.owner.kill()
         assert family.descendants_are_gone()
 
-    def test_that_dies_as_soon_as_the_child_is_started(self, forked: bool) -> None:
+    def test_child_ends_with_an_owner_that_dies_right_after_starting_it(self, forked: bool) -> None:
         near, far = Pipe()
         owner = plain.Process(target=targets.own_and_die_at_once, args=(targets.echo_after_pid, (far,), {}, forked))
         owner.start()
@@ -145,7 +145,7 @@ class TestNobodyOutlivesTheOwner:
         assert is_closed(near)
         assert exit_code(owner) == -signal.SIGKILL
 
-    def test_that_dies_while_the_child_imports(self, tmp_path: Path, forked: bool) -> None:
+    def test_child_ends_with_an_owner_that_dies_while_it_imports(self, tmp_path: Path, forked: bool) -> None:
         gate = blocking_at_import.Gate(tmp_path, TIMEOUT)
         near, far = Pipe()
         arguments = (blocking_at_import.tell_size, (far, b""), gate.environment, forked)

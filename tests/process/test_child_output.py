@@ -44,10 +44,10 @@ class TestTheLastLines:
         assert lines[-4:] == ["line 9999 of stdout", "the last of stdout", "the last of stderr", "the last of C"]
 
     @pytest.mark.parametrize("how", ["returning", "SIGKILL"])
-    def test_of_a_grandchild_are_among_them(self, how: str) -> None:
+    def test_lines_of_a_grandchild_are_kept(self, how: str) -> None:
         assert run(targets.print_with_a_child, how) == ["the child", "the grandchild"]
 
-    def test_of_a_killed_grandchild_are_among_them_and_how_it_ended(self) -> None:
+    def test_lines_of_a_killed_grandchild_are_kept_with_how_it_ended(self) -> None:
         *lines, end = run(targets.print_in_a_child_and_end_that_by, "SIGKILL")
         assert lines == ["line 0 of stdout", "the last of stdout", "the last of stderr", "the last of C"]
         assert re.fullmatch(r"EngineProcess-\S+ \(pid \d+\) was killed by SIGKILL.*", end)
@@ -66,7 +66,7 @@ class TestTheLastLines:
 
 
 class TestAwaitingTheOutput:
-    def test_of_a_child_that_ended_leaves_nothing_unread(self) -> None:
+    def test_all_output_of_an_ended_child_is_read(self) -> None:
         tail = OutputTail()
         context = EngineContext({}, tail=tail)
         process = context.Process(target=targets.print_and_end_by, args=("SIGKILL", 1000))
@@ -75,7 +75,7 @@ class TestAwaitingTheOutput:
         context.await_output(TIMEOUT)
         assert tail.lines()[-1] == "the last of C"
 
-    def test_of_a_child_that_lives_ends_when_the_time_is_up(self) -> None:
+    def test_awaiting_the_output_of_a_living_child_ends_at_the_timeout(self) -> None:
         context = EngineContext({}, tail=OutputTail())
         near, far = Pipe()
         process = context.Process(target=targets.print_and_stay, args=(far, "loading"))
@@ -86,7 +86,7 @@ class TestAwaitingTheOutput:
         near.close()
         assert exit_code(process) == 0
 
-    def test_where_none_is_read_is_over_at_once(self) -> None:
+    def test_awaiting_output_returns_at_once_without_a_tail(self) -> None:
         EngineContext({}, tail=OutputTail()).await_output(TIMEOUT)
 
 
@@ -98,16 +98,16 @@ class TestHowAChildEndedWhoseOutputNobodyReads:
         is_announced(process)
         return process
 
-    def test_is_announced_in_one_line(self, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_bad_end_is_announced_in_one_line(self, capfd: pytest.CaptureFixture[str]) -> None:
         process = self.ended()
         assert capfd.readouterr().err.startswith(f"VllmWorker-0 (pid {process.pid}) was killed by SIGKILL")
 
-    def test_is_still_known_to_whoever_asks_the_process(self) -> None:
+    def test_exit_code_is_known_after_it_was_announced(self) -> None:
         assert exit_code(self.ended()) == -signal.SIGKILL
 
 
 class TestTheOutput:
-    def test_is_passed_on_to_our_stderr(self, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_output_is_passed_on_to_our_stderr(self, capfd: pytest.CaptureFixture[str]) -> None:
         run(targets.print_and_end_by, "returning", 2)
         out, err = capfd.readouterr()
         assert err.splitlines() == [
@@ -138,13 +138,13 @@ class TestTheOutput:
             for fd in (saved, read_stderr, write_stderr):
                 os.close(fd)
 
-    def test_is_the_parents_own_where_no_tail_is_given(self, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_output_is_inherited_without_a_tail(self, capfd: pytest.CaptureFixture[str]) -> None:
         process = EngineContext({}).Process(target=targets.print_one_line, args=("straight to stdout",))
         process.start()
         assert exit_code(process) == 0
         assert capfd.readouterr().out == "straight to stdout\n"
 
-    def test_of_a_killed_child_goes_on_while_a_descendant_lives(self) -> None:
+    def test_output_is_read_until_the_last_descendant_ends(self) -> None:
         tail = OutputTail()
         child_near, child_far = Pipe()
         orphan_near, orphan_far = Pipe()
@@ -165,7 +165,7 @@ class TestTheOutput:
 
 
 class TestReports:
-    def test_of_child_and_grandchild_come_in_order(self) -> None:
+    def test_reports_of_child_and_grandchild_come_in_order(self) -> None:
         heard: list[str] = []
         run(targets.report_with_a_child, on_report=heard.append)
         assert heard == ["the child before", "the grandchild", "the child after"]

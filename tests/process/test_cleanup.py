@@ -50,7 +50,7 @@ def left(cleanup: Cleanup) -> list[str]:
 
 class TestWhatBearsTheMark:
     @pytest.mark.parametrize("forked", [False, True], ids=["spawned", "forked"])
-    def test_is_a_segment_and_a_lock_of_a_process(self, cleanup: Cleanup, forked: bool) -> None:
+    def test_mark_is_in_the_names_of_segments_and_locks(self, cleanup: Cleanup, forked: bool) -> None:
         zygote = targets.make_zygote() if forked else None
         holder = Holder(cleanup, zygote and zygote.client)
         lock, segment = holder.names
@@ -60,7 +60,7 @@ class TestWhatBearsTheMark:
         if zygote is not None:
             zygote.stop()
 
-    def test_is_also_what_its_children_make(self, cleanup: Cleanup) -> None:
+    def test_mark_is_in_the_names_that_children_make(self, cleanup: Cleanup) -> None:
         handles = InheritedHandles(mark=cleanup.mark, alive=cleanup.alive)
         context = EngineContext({}, targets.own_children_are_bound_too, tail=OutputTail(), handles=handles)
         end, far = Pipe()
@@ -70,7 +70,7 @@ class TestWhatBearsTheMark:
         assert exit_code(process) == 0
         all_output_is_read()
 
-    def test_is_not_what_others_make(self) -> None:
+    def test_mark_is_not_in_the_names_that_others_make(self) -> None:
         first, second = Cleanup(), Cleanup()
         assert first.mark != second.mark
         assert first.directory != second.directory
@@ -84,7 +84,7 @@ class TestWhatBearsTheMark:
 
 
 class TestTheDirectory:
-    def test_is_where_files_of_this_system_are_and_is_nobody_elses(self, cleanup: Cleanup) -> None:
+    def test_directory_is_private_and_in_the_system_directory(self, cleanup: Cleanup) -> None:
         assert cleanup.directory.parent == Path(tempfile.gettempdir())
         assert stat.S_IMODE(cleanup.directory.stat().st_mode) == 0o700
 
@@ -103,7 +103,7 @@ class TestTheDirectory:
             cleanup.remove(TIMEOUT)
             assert left(cleanup) == []
 
-    def test_is_where_it_was_asked_for(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_directory_is_where_it_was_asked_for(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(cleanup_module, "LONGEST_BASE", len(str(tmp_path)))
         base = tmp_path / "it's a $(name) *"
         base.mkdir()
@@ -138,7 +138,7 @@ class TestAllIsGone:
         assert becomes(lambda: not targets.marked(mark) and not directory.exists())
         end.close()
 
-    def test_but_not_while_one_process_lives(self, cleanup: Cleanup) -> None:
+    def test_nothing_is_removed_while_one_process_lives(self, cleanup: Cleanup) -> None:
         first, second = Holder(cleanup), Holder(cleanup)
         first.kill()
         cleanup.remove(0.1)
@@ -153,7 +153,7 @@ class TestAllIsGone:
             cleanup.remove(TIMEOUT)
             assert left(cleanup) == []
 
-    def test_where_others_have_removed_some_of_it(self, cleanup: Cleanup) -> None:
+    def test_all_is_removed_where_some_is_gone_already(self, cleanup: Cleanup) -> None:
         holder = Holder(cleanup)
         holder.kill()
         for name in holder.names:
@@ -162,12 +162,12 @@ class TestAllIsGone:
         cleanup.remove(TIMEOUT)
         assert left(cleanup) == []
 
-    def test_and_no_file_stays_open(self) -> None:
+    def test_cleanup_leaves_no_file_open(self) -> None:
         files = open_files()
         Cleanup().remove(TIMEOUT)
         assert open_files() == files
 
-    def test_and_nobody_is_missed_by_multiprocessings_own_tracker(self) -> None:
+    def test_resource_tracker_does_not_warn_of_what_was_removed(self) -> None:
         # It speaks on stderr when its last process ends.
         owner = run_alone("kill_a_holder_of_cleanup()")
         assert (owner.returncode, owner.stdout, owner.stderr) == (0, "", "")

@@ -131,7 +131,9 @@ class TestTheEnvironmentOfTheParent:
 
 
 class TestStartDoesNotWaitForTheChild:
-    def test_that_has_yet_to_import_its_target_and_take_a_large_payload(self, gate: blocking_at_import.Gate) -> None:
+    def test_start_returns_before_the_child_imports_its_target_and_reads_a_large_payload(
+        self, gate: blocking_at_import.Gate
+    ) -> None:
         near, far = Pipe()
         process = EngineContext(gate.environment).Process(target=blocking_at_import.tell_size, args=(far, LARGE))
         join([on_thread(process.start)])  # ends before the gate opens
@@ -144,13 +146,13 @@ class TestStartDoesNotWaitForTheChild:
         assert exit_code(process) == 0
         near.close()
 
-    def test_that_ends_before_it_takes_a_large_payload_which_its_exit_code_tells(self) -> None:
+    def test_start_succeeds_where_the_child_ends_before_it_reads_a_large_payload(self) -> None:
         context = EngineContext({"PYTHONHOME": "/nowhere"})
         process = context.Process(target=targets.tell_size, args=(None, LARGE))
         process.start()
         assert exit_code(process) == 1
 
-    def test_as_multiprocessings_own_context_does(
+    def test_start_of_multiprocessings_own_context_waits_for_the_import(
         self, gate: blocking_at_import.Gate, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         # Shows that the test above could fail.
@@ -256,7 +258,7 @@ class TestWhatMultiprocessingHandsOver:
         context = EngineContext({}, targets.own_children_are_bound_too)
         assert_all_reach(context, target)
 
-    def test_that_cannot_be_pickled_is_an_error_of_start_and_leaves_nothing_behind(self) -> None:
+    def test_argument_that_cannot_be_pickled_fails_the_start_and_leaves_nothing_behind(self) -> None:
         context = EngineContext({}, tail=OutputTail())
         files = open_files()
         with pytest.raises((AttributeError, TypeError), match=r"pickle") as caught:
@@ -265,7 +267,7 @@ class TestWhatMultiprocessingHandsOver:
         assert caught.value.__traceback__ is not None
         assert context.children == []
 
-    def test_may_be_changed_until_the_process_is_started(self) -> None:
+    def test_arguments_may_be_changed_until_the_process_is_started(self) -> None:
         # vLLM changes the configuration that it passes between making and starting the process of a rank.
         near, far = Pipe()
         arguments: dict[str, Any] = {"end": far, "payload": b""}
@@ -344,23 +346,23 @@ class TestWhoListens:
 
 class TestAContextAnswersLikeMultiprocessing:
     @pytest.mark.parametrize("method", [None, "fork", "spawn", "forkserver"])
-    def test_and_is_the_context_of_every_method(self, method: str | None) -> None:
+    def test_context_is_its_own_for_every_start_method(self, method: str | None) -> None:
         context = EngineContext({})
         assert context.get_context(method) is context
 
-    def test_and_spawns(self) -> None:
+    def test_start_method_is_spawn(self) -> None:
         assert EngineContext({}).get_start_method() == "spawn"
 
-    def test_and_names_the_process_it_is_in(self) -> None:
+    def test_current_process_is_the_main_process(self) -> None:
         assert EngineContext({}).current_process().name == "MainProcess"
 
-    def test_and_passes_on_what_a_process_is_called_and_whether_it_is_a_daemon(self) -> None:
+    def test_process_has_the_name_and_the_daemon_flag_it_is_given(self) -> None:
         process = EngineContext({}).Process(target=targets.do_nothing, name="VllmWorker-0", daemon=True)
         assert (process.name, process.daemon) == ("VllmWorker-0", True)
 
 
 class TestNothingIsLeaked:
-    def test_by_twenty_engines_one_after_the_other(self) -> None:
+    def test_twenty_processes_in_a_row_leak_nothing(self) -> None:
         def cycle() -> None:
             tail = OutputTail()
             near, far = Pipe()
@@ -377,7 +379,7 @@ class TestNothingIsLeaked:
         assert open_files() == files
         assert set(threading.enumerate()) == threads
 
-    def test_by_engines_that_are_killed(self) -> None:
+    def test_killed_processes_leak_nothing(self) -> None:
         def cycle() -> None:
             near, far = Pipe()
             process = started(EngineContext({}, tail=OutputTail()), targets.echo, far)

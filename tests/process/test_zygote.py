@@ -212,26 +212,28 @@ class TestAForkedChildIsLikeASpawnedOne:
 
         return ask
 
-    def test_in_all_that_it_can_see(self, ask: Callable[..., dict[str, Any]]) -> None:
+    def test_forked_child_sees_what_a_spawned_one_sees(self, ask: Callable[..., dict[str, Any]]) -> None:
         assert {**ask(), "files": None} == {**ask(forked=False), "files": None}
 
-    def test_and_has_no_file_of_the_zygote(self, ask: Callable[..., dict[str, Any]]) -> None:
+    def test_forked_child_has_no_file_of_the_zygote(self, ask: Callable[..., dict[str, Any]]) -> None:
         its_address = ["socket"]
         assert sorted(ask()["files"]) == sorted(ask(forked=False)["files"] + its_address)
 
-    def test_and_has_the_environment_of_whoever_starts_it(self, ask: Callable[..., dict[str, Any]]) -> None:
+    def test_forked_child_has_the_environment_of_its_starter(self, ask: Callable[..., dict[str, Any]]) -> None:
         environment = ask()["environment"]
         assert environment == {**os.environ, "GIVEN": "value"}
         assert ("HOME" in environment, environment[VARIABLE], environment["PATH"]) == (False, "set", "changed")
 
-    def test_and_knows_where_it_is(self, ask: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    def test_forked_child_has_directory_arguments_and_path_of_its_starter(
+        self, ask: Callable[..., dict[str, Any]], tmp_path: Path
+    ) -> None:
         state = ask()
         assert state["working directory"] == str(tmp_path)
         assert state["arguments"] == ["xinference", "-v"]
         assert state["path"][-1] == str(tmp_path)
         assert state["parent"] == os.getpid()  # of whom it is a child in all but fact
 
-    def test_and_has_nothing_of_what_makes_a_zygote(self, ask: Callable[..., dict[str, Any]]) -> None:
+    def test_forked_child_has_no_signal_handlers_of_the_zygote(self, ask: Callable[..., dict[str, Any]]) -> None:
         state = ask()
         assert "default_int_handler" in state["signal handlers"][signal.SIGINT]
         assert state["signal handlers"][signal.SIGCHLD] == repr(signal.SIG_DFL)
@@ -239,7 +241,9 @@ class TestAForkedChildIsLikeASpawnedOne:
         assert state["garbage collection"][0] is True
         assert state["stdin"] == os.devnull
 
-    def test_and_imports_with_the_environment_set(self, make_zygote: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_forked_child_imports_with_its_environment_set(
+        self, make_zygote: Make, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         assert VARIABLE not in imported_in_child.ENVIRONMENT
         monkeypatch.setenv(VARIABLE, "before")
         context = forking(make_zygote())
@@ -248,7 +252,7 @@ class TestAForkedChildIsLikeASpawnedOne:
         monkeypatch.delenv(VARIABLE)
         assert told(context, imported_in_child.tell_variable_at_import, VARIABLE) is None
 
-    def test_and_sees_its_own_environment_with_eight_started_at_once(self, zygote: Zygote) -> None:
+    def test_eight_forked_at_once_see_their_own_environments(self, zygote: Zygote) -> None:
         count = 8
         all_are_here = threading.Barrier(count, timeout=TIMEOUT)
         answers_of: dict[int, str] = {}
@@ -261,7 +265,7 @@ class TestAForkedChildIsLikeASpawnedOne:
         join([on_thread(functools.partial(launch, number)) for number in range(count)])
         assert answers_of == {number: str(number) for number in range(count)}
 
-    def test_and_runs_on_the_cpus_of_whoever_starts_it(self, zygote: Zygote) -> None:
+    def test_forked_child_runs_on_the_cpus_of_its_starter(self, zygote: Zygote) -> None:
         ours = os.sched_getaffinity(0)
         try:
             for cpus in ({min(ours)}, {max(ours)}):
@@ -272,7 +276,7 @@ class TestAForkedChildIsLikeASpawnedOne:
         assert told(forking(zygote), targets.tell_state)["CPUs"] == ours
 
     @pytest.mark.parametrize("fd", [1, 2])
-    def test_and_prints_where_whoever_starts_it_does_now(self, zygote: Zygote, tmp_path: Path, fd: int) -> None:
+    def test_forked_child_prints_where_its_starter_does_now(self, zygote: Zygote, tmp_path: Path, fd: int) -> None:
         context = forking(zygote)
         before = told(context, targets.tell_files, 1, 2)
         saved = os.dup(fd)
@@ -291,29 +295,29 @@ class TestAForkedChildIsLikeASpawnedOne:
         lines = (tmp_path / "output").read_text().splitlines()
         assert lines == [["the last of stdout", "the last of C"], ["the last of stderr"]][fd - 1]
 
-    def test_and_has_its_output_kept(self, zygote: Zygote) -> None:
+    def test_output_of_a_forked_child_is_kept(self, zygote: Zygote) -> None:
         tail = OutputTail()
         context = forking(zygote, tail=tail)
         assert exit_code(started(context, targets.print_with_a_child, "returning")) == 0
         all_output_is_read()
         assert tail.lines() == ["the child", "the grandchild"]
 
-    def test_and_draws_its_own_random_numbers(self, make_zygote: Make) -> None:
+    def test_forked_child_draws_its_own_random_numbers(self, make_zygote: Make) -> None:
         zygote = make_zygote(functools.partial(preloaded.modules, "random", "numpy.random"))
         drawn = [told(forking(zygote), targets.tell_random_numbers) for _ in range(3)]
         assert len({python for python, _ in drawn}) == 3
         assert len({numpy for _, numpy in drawn}) == 3
 
-    def test_and_does_at_exit_what_it_wanted_done(self, zygote: Zygote, tmp_path: Path) -> None:
+    def test_forked_child_runs_its_atexit_functions(self, zygote: Zygote, tmp_path: Path) -> None:
         assert exit_code(started(forking(zygote), targets.write_at_exit, tmp_path / "file")) == 0
         assert (tmp_path / "file").read_text() == "written"
 
-    def test_and_can_be_called_something_else(self, zygote: Zygote) -> None:
+    def test_forked_child_can_change_its_title(self, zygote: Zygote) -> None:
         context = forking(zygote, {f"{VARIABLE}_{number}": "x" * 100 for number in range(100)})
         for title in ("VLLM::EngineCore", "VLLM::" + 20 * "Worker_"):
             assert told(context, targets.tell_title, title) == title
 
-    def test_and_outlives_the_thread_that_started_it(self, zygote: Zygote) -> None:
+    def test_forked_child_outlives_the_thread_that_started_it(self, zygote: Zygote) -> None:
         near, far = Pipe()
         processes: list[EngineProcess] = []
         starter = on_thread(lambda: processes.append(started(forking(zygote), targets.echo, far)))
@@ -325,7 +329,7 @@ class TestAForkedChildIsLikeASpawnedOne:
 
 
 class TestAnExitCode:
-    def test_says_how_the_child_ended_whoever_asks(self, zygote: Zygote) -> None:
+    def test_exit_code_is_the_same_for_all_threads_that_ask(self, zygote: Zygote) -> None:
         for how, code in {
             "returning": 0,
             "status 3": 3,
@@ -349,7 +353,7 @@ class TestAnExitCode:
             all_output_is_read()
 
     @pytest.mark.parametrize("question", ["is_alive", "exitcode", "start"])
-    def test_is_waited_for_by_one_thread_and_holds_up_no_other(self, zygote: Zygote, question: str) -> None:
+    def test_waiting_for_a_child_holds_up_no_other_thread(self, zygote: Zygote, question: str) -> None:
         # A start asks after all children: the second Worker was never started.
         near, far = Pipe()
         child_near, child_far = Pipe()
@@ -362,13 +366,13 @@ class TestAnExitCode:
         child_near.close()
         assert exit_code(process) == 0
 
-    def test_is_known_of_every_one_of_many_at_once(self, zygote: Zygote) -> None:
+    def test_exit_codes_of_many_children_at_once_are_known(self, zygote: Zygote) -> None:
         context = forking(zygote)
         processes = [started(context, targets.end_by, how) for how in ("returning", "status 3", "SIGKILL") * 4]
         assert [exit_code(process) for process in processes] == [0, 3, -signal.SIGKILL] * 4
         assert psutil.Process(zygote.pid).children() == []
 
-    def test_is_there_as_soon_as_the_sentinel_says_so(self, zygote: Zygote) -> None:
+    def test_exit_code_is_known_as_soon_as_the_sentinel_is_ready(self, zygote: Zygote) -> None:
         process = started(forking(zygote), targets.end_by, "status 3")
         assert wait([process.sentinel], TIMEOUT)
         assert process.exitcode == 3
@@ -553,11 +557,11 @@ class TestWhenTheModelProcessEnds:
         assert is_gone(pid)
 
     @pytest.mark.parametrize("is_stopped", [False, True])
-    def test_by_itself_the_zygote_does_not_hold_it_up_and_nothing_is_said(self, is_stopped: bool) -> None:
+    def test_zygote_neither_delays_the_exit_of_its_owner_nor_prints(self, is_stopped: bool) -> None:
         owner = run_alone(f"own_a_zygote_and_just_end({is_stopped})")
         assert (owner.returncode, owner.stdout, owner.stderr) == (0, "", "")
 
-    def test_by_itself_that_is_so_where_multiprocessing_made_it(self, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_zygote_does_not_delay_an_owner_made_by_multiprocessing(self, capfd: pytest.CaptureFixture[str]) -> None:
         process = plain.Process(target=targets.own_a_zygote_and_just_end, args=(False,))
         process.start()
         assert has_ended(process)
@@ -696,7 +700,7 @@ class TestAStartIsSpawned:
         ],
         ids=["a thread", "a hazard", "an error"],
     )
-    def test_where_a_fork_would_not_be_clean(
+    def test_start_is_spawned_where_a_fork_is_not_clean(
         self,
         make_zygote: Make,
         log: Callable[[], list[str]],
@@ -709,13 +713,13 @@ class TestAStartIsSpawned:
         assert not is_forked(zygote, context)
         assert log() == [f"{context.children[0].name} is spawned, not forked from the zygote: {reason}"]
 
-    def test_only_while_a_fork_would_not_be_clean(self, make_zygote: Make, tmp_path: Path) -> None:
+    def test_start_is_spawned_only_while_a_fork_is_not_clean(self, make_zygote: Make, tmp_path: Path) -> None:
         zygote = make_zygote(hazard=functools.partial(preloaded.a_hazard_unless, tmp_path / "no hazard"))
         assert not is_forked(zygote, forking(zygote))
         (tmp_path / "no hazard").touch()
         assert is_forked(zygote, forking(zygote))
 
-    def test_where_it_could_not_have_the_environment_that_it_is_given(
+    def test_start_is_spawned_where_a_frozen_variable_differs(
         self, zygote: Zygote, log: Callable[[], list[str]]
     ) -> None:
         reasons = []
@@ -728,7 +732,7 @@ class TestAStartIsSpawned:
             )
         assert log() == reasons
 
-    def test_where_it_was_to_have_less_than_the_zygote_was_loaded_with(
+    def test_start_is_spawned_where_a_frozen_variable_is_missing(
         self, make_zygote: Make, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("OMP_PROC_BIND", "false")
@@ -737,11 +741,11 @@ class TestAStartIsSpawned:
         monkeypatch.delenv("OMP_PROC_BIND")
         assert not is_forked(zygote, forking(zygote))
 
-    def test_but_not_for_what_can_be_mended(self, zygote: Zygote) -> None:
+    def test_start_is_forked_where_a_variable_can_be_applied_later(self, zygote: Zygote) -> None:
         assert is_forked(zygote, forking(zygote, {"OMP_NUM_THREADS": "1", "GOMP_CPU_AFFINITY": "0"}))
         assert is_forked(zygote, forking(zygote, {"OPENBLAS_NUM_THREADS": "1"}))
 
-    def test_where_it_is_to_run_by_another_executable(
+    def test_start_is_spawned_for_another_executable(
         self, zygote: Zygote, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         # As vLLM has it for numa_bind, while it starts a process.
@@ -751,12 +755,12 @@ class TestAStartIsSpawned:
         monkeypatch.setattr(spawn, "_python_exe", os.fsencode(numactl))
         assert not is_forked(zygote, forking(zygote))
 
-    def test_without_a_word_where_there_is_to_be_no_zygote(self, log: Callable[[], list[str]]) -> None:
+    def test_start_is_spawned_without_a_warning_where_no_zygote_is_wanted(self, log: Callable[[], list[str]]) -> None:
         assert told(EngineContext({}, find_zygote=lambda: None), targets.tell_parent)[1] == os.getpid()
         assert log() == []
 
     @pytest.mark.parametrize("preload", [preloaded.and_raise, preloaded.and_die])
-    def test_where_there_never_is_a_zygote_and_some_attempts_are_enough(
+    def test_zygote_that_always_fails_is_given_up_after_three_attempts(
         self, make_zygote: Make, tmp_path: Path, preload: Callable[[Path], None]
     ) -> None:
         attempts = tmp_path / "attempts"
@@ -775,7 +779,7 @@ class TestAZygoteThatDoesNotAnswer:
         yield zygote
         go_on(zygote)
 
-    def test_is_given_up_and_forks_nothing_later(
+    def test_silent_zygote_is_given_up_and_forks_nothing_later(
         self, stopped: Zygote, log: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with monkeypatch.context() as impatient:
@@ -827,7 +831,7 @@ def pids_of_children(zygote: Zygote) -> list[int]:
 
 
 class TestWhatAProcessReadsOnce:
-    def test_is_told_from_what_can_be_changed(self) -> None:
+    def test_frozen_variables_are_told_from_changeable_ones(self) -> None:
         environment = {
             "LD_PRELOAD": "libtcmalloc.so",
             "MALLOC_ARENA_MAX": "2",

@@ -1,8 +1,9 @@
 """The Python stacks of engine processes, also of those that hang.
 
 Each process registers :mod:`faulthandler` for one signal, and tells its owner in which file it answers. The handler is
-C code that takes no lock, so it also answers where a thread never lets go of the interpreter lock. It reads the stacks
-of running threads without that lock, which may, rarely, crash the process: ask only those that hang.
+C code that takes no lock, so it also answers where a thread never releases the interpreter lock. It reads the stacks of
+other threads without that lock: a thread that runs Python code meanwhile may crash the process, though rarely. So ask
+only an engine that hangs.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import psutil
 
@@ -93,6 +95,7 @@ class _Question:
         self._process = process
         self._title = title
         self._path = f"/proc/{process.pid}/fd/{fd}"
+        self._file: BinaryIO | None = None  # ours: what is written stays when the process ends
         self._blocking: set[str] = set()  # threads that block the signal by themselves
         self._text = ""
 
@@ -100,7 +103,8 @@ class _Question:
         self._text = _why_silent(self._process)
         try:
             if not self._text and self._listens():
-                os.truncate(self._path, 0)
+                self._file = open(self._path, "r+b", buffering=0)  # noqa: SIM115 - stack() closes it
+                self._file.truncate(0)
                 self._blocking = _blocking(self._process.pid)
                 self._process.send_signal(SIGNAL)
         except (OSError, psutil.Error) as error:
@@ -108,11 +112,14 @@ class _Question:
 
     def is_settled(self) -> bool:
         """Whether the answer is complete, or none will come."""
-        self._text = self._text or self._whole_answer() or _why_silent(self._process)
+        self._text = self._text or self._whole_answer() or self._last_words()
         return bool(self._text)
 
     def stack(self, timeout: float) -> Stack:
-        return Stack(self._process.pid, self._title, self._text or self._read() or self._late(timeout))
+        text = self._text or self._read() or self._late(timeout)
+        if self._file is not None:
+            self._file.close()
+        return Stack(self._process.pid, self._title, text)
 
     def _listens(self) -> bool:
         """Whether it has its file and its handler; else the signal would end it."""
@@ -124,17 +131,20 @@ class _Question:
 
     def _whole_answer(self) -> str:
         # The thread that handles the signal blocks it meanwhile: once something is written and none does, all is.
-        return self._read() if self._read() and not _blocking(self._process.pid) - self._blocking else ""
+        is_being_written = not self._read() or _blocking(self._process.pid) - self._blocking
+        return "" if is_being_written else self._read()
+
+    def _last_words(self) -> str:
+        why = _why_silent(self._process)
+        return why and f"{self._read()}\n{why}".strip()
 
     def _read(self) -> str:
         """What is written by now, or its end."""
-        try:
-            with open(self._path, "rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(0, size - LIMIT))
-                text = file.read(LIMIT).decode(errors="replace")
-        except OSError:
+        if self._file is None:
             return ""
+        size = self._file.seek(0, os.SEEK_END)
+        self._file.seek(max(0, size - LIMIT))
+        text = self._file.read(LIMIT).decode(errors="replace")
         return text.strip() if size <= LIMIT else "..." + text[3:].rstrip()
 
     def _late(self, timeout: float) -> str:
