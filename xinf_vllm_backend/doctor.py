@@ -56,7 +56,7 @@ def table(findings: list[Finding]) -> str:
     rows = [
         (
             "WRONG" if not finding.ok else "degraded" if finding.degraded else "ok",
-            finding.subject,
+            textwrap.fill(finding.subject, 60, break_long_words=False),
             textwrap.fill(finding.found, 60),
             textwrap.fill(finding.advice, 50),
         )
