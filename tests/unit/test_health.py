@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from clock import Clock
 
 from xinf_vllm_backend.engine.health import WORK_LIMIT, HangClock, Workload
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -6,16 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from clock import Clock
 
 from xinf_vllm_backend.engine.journal import PROGRESS_TOKENS, Entry, Journal
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def request(name: str, of: str | None = None) -> Any:

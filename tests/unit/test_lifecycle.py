@@ -6,16 +6,9 @@ import logging
 from itertools import pairwise
 
 import pytest
+from clock import Clock
 
 from xinf_vllm_backend.engine.lifecycle import HISTORY, Lifecycle, Move, State
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def went(*states: State) -> Lifecycle:
@@ -75,7 +68,7 @@ class TestThereIsNoWayBack:
 
 class TestEveryMove:
     def test_is_told_and_remembered_with_its_reason_and_its_time(self) -> None:
-        clock, told = Clock(), []
+        clock, told = Clock(100.0), []
         lifecycle = Lifecycle("tiny", told.append, clock)
         lifecycle.move(State.STARTING, "it was launched")
         clock.now += 5

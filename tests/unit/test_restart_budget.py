@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
+from clock import Clock
+
 from xinf_vllm_backend.engine.recovery import FIRST_DELAY, JITTER, LONGEST_DELAY, RestartBudget
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def budget(size: int, clock: Clock, draw: float = 0.5) -> RestartBudget:
