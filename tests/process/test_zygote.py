@@ -460,7 +460,7 @@ class TestTheZygote:
         (it,) = (child for child in multiprocessing.active_children() if child.pid == zygote.pid)
         kill(zygote.pid)
         try:
-            assert wait([it.sentinel], 0.5)
+            assert wait([it.sentinel], TIMEOUT)
         finally:
             near.close()
         assert exit_code(process) == STATUS_UNKNOWN
