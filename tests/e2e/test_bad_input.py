@@ -103,7 +103,7 @@ CASES = {case: sentence for table in (DIRECTORIES, ARGUMENTS, FAKE_VLLM) for cas
 
 
 @pytest.mark.parametrize(("case", "sentence"), CASES.items(), ids=CASES)
-def test_the_command_line_fails_with_one_clear_sentence(
+def test_a_bad_launch_by_the_command_line_fails_with_one_clear_sentence(
     launches: dict[str, Future[subprocess.CompletedProcess[str]]], case: str, sentence: str
 ) -> None:
     launch = launches[case].result()
@@ -115,13 +115,15 @@ def test_the_command_line_fails_with_one_clear_sentence(
 
 
 @pytest.mark.parametrize("case", REST)
-def test_the_rest_api_fails_with_one_clear_sentence(launches: dict[str, Future[httpx.Response]], case: str) -> None:
+def test_a_bad_launch_by_the_rest_api_fails_with_one_clear_sentence(
+    launches: dict[str, Future[httpx.Response]], case: str
+) -> None:
     answer = launches[case].result()
     assert answer.status_code in (400, 503)
     assert re.search(REST[case][1], answer.json()["detail"]), answer.text
 
 
-def test_nothing_is_left_running_and_the_next_good_launch_works(
+def test_bad_launches_leave_nothing_running_and_the_next_good_one_works(
     cluster: Cluster, launches: dict[str, Future[Any]]
 ) -> None:
     for launch in launches.values():

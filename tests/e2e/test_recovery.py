@@ -98,7 +98,7 @@ def test_a_killed_model_process_takes_its_engine_along(serving: Cluster) -> None
     wait_until(lambda: serving.answers("tiny"), BACK, "the model to serve again")
 
 
-def test_the_deaths_are_counted(serving: Cluster) -> None:
+def test_the_deaths_of_engines_are_counted_in_the_metrics(serving: Cluster) -> None:
     address = re.findall(r"Metrics server is started at: (http://[\d.:]+)", serving.log_text())[-1]
     metrics = httpx.get(f"{address}/metrics", trust_env=False).text
     counts = re.findall(r'^xinference:vllm_engine_deaths_total\{.*model_uid="tiny".*\} (\d+)', metrics, re.MULTILINE)
@@ -123,7 +123,7 @@ def test_what_vllm_prints_is_in_xinferences_log_file(serving: Cluster) -> None:
     assert re.search(r" INFO vllm\.Worker pid:\d+ ", text)
 
 
-def test_terminate_leaves_nothing(serving: Cluster) -> None:
+def test_terminate_leaves_no_process(serving: Cluster) -> None:
     ended = serving.cli("terminate", "--model-uid", "tiny")
     assert ended.returncode == 0, ended.stderr
     serving.wait_until_unloaded()

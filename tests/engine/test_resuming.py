@@ -31,7 +31,7 @@ def request(mm_features: Any = None, **params: Any) -> Any:
     )
 
 
-def test_the_prompt_grows_by_what_was_given_and_the_rest_shrinks() -> None:
+def test_the_prompt_of_a_continued_request_grows_by_what_was_given() -> None:
     asked = request(min_tokens=3, prompt_logprobs=2, logprobs=1, stop=["x"])
     goes_on = resuming.continuation(asked, [4, 5], True)
     assert goes_on.prompt_token_ids == [1, 2, 3, 4, 5]
@@ -42,13 +42,13 @@ def test_the_prompt_grows_by_what_was_given_and_the_rest_shrinks() -> None:
     assert (asked.sampling_params.max_tokens, asked.sampling_params.prompt_logprobs) == (10, 2)
 
 
-def test_what_was_given_nothing_begins_again_as_it_was_asked() -> None:
+def test_a_request_that_was_given_nothing_begins_again_as_it_was_asked() -> None:
     asked = request(seed=1, frequency_penalty=1.0)
     assert resuming.continuation(asked, [], True) is asked
     assert resuming.inexact(asked, []) is None
 
 
-def test_a_grammar_is_told_how_far_it_came() -> None:
+def test_the_grammar_of_a_continued_request_is_told_how_far_it_came() -> None:
     from vllm.sampling_params import StructuredOutputsParams
 
     asked = request(structured_outputs=StructuredOutputsParams(regex="a+"), extra_args={"other": 1})
@@ -57,7 +57,7 @@ def test_a_grammar_is_told_how_far_it_came() -> None:
         resuming.continuation(asked, [4, 5], False)
 
 
-def test_what_only_the_dead_engine_had_cannot_be_sent_again() -> None:
+def test_multimodal_input_that_only_the_dead_engine_had_cannot_be_sent_again() -> None:
     from types import SimpleNamespace
 
     asked = request(mm_features=[SimpleNamespace(data=None)])
@@ -65,7 +65,7 @@ def test_what_only_the_dead_engine_had_cannot_be_sent_again() -> None:
         resuming.continuation(asked, [], True)
 
 
-def test_what_cannot_be_continued_says_so() -> None:
+def test_a_request_that_cannot_be_continued_is_refused_with_the_reason() -> None:
     asked = request()
     asked.prompt_embeds = True
     assert resuming.continuation(asked, [], True) is asked
@@ -88,6 +88,6 @@ def test_what_cannot_be_continued_says_so() -> None:
         ({"bad_words": ["two words"]}, "bad word"),
     ],
 )
-def test_what_is_not_exact_is_known(params: dict[str, Any], why: str | None) -> None:
+def test_parameters_that_make_a_continued_request_inexact_are_known(params: dict[str, Any], why: str | None) -> None:
     found = resuming.inexact(request(**params), [4])
     assert found is None if why is None else why in str(found)

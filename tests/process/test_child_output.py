@@ -28,9 +28,9 @@ def run(target: Callable[..., None], *arguments: Any, on_report: Callable[[str],
     return tail.lines()
 
 
-class TestTheLastLines:
+class TestLastLines:
     @pytest.mark.parametrize("how", ["returning", "status 3", "os._exit", "SIGKILL", "SIGSEGV", "abort"])
-    def test_are_there_however_the_child_ended(self, how: str) -> None:
+    def test_the_last_lines_are_there_however_the_child_ended(self, how: str) -> None:
         assert run(targets.print_and_end_by, how, 1) == [
             "line 0 of stdout",
             "the last of stdout",
@@ -38,35 +38,35 @@ class TestTheLastLines:
             "the last of C",
         ]
 
-    def test_are_there_of_more_output_than_a_pipe_takes(self) -> None:
+    def test_the_last_lines_are_there_of_more_output_than_a_pipe_takes(self) -> None:
         lines = run(targets.print_and_end_by, "SIGKILL", 10_000)  # 190 KB
         assert len(lines) == MAX_LINES
         assert lines[-4:] == ["line 9999 of stdout", "the last of stdout", "the last of stderr", "the last of C"]
 
     @pytest.mark.parametrize("how", ["returning", "SIGKILL"])
-    def test_of_a_grandchild_are_among_them(self, how: str) -> None:
+    def test_the_last_lines_of_a_grandchild_are_among_them(self, how: str) -> None:
         assert run(targets.print_with_a_child, how) == ["the child", "the grandchild"]
 
-    def test_of_a_killed_grandchild_are_among_them_and_how_it_ended(self) -> None:
+    def test_the_last_lines_of_a_killed_grandchild_are_among_them_and_how_it_ended(self) -> None:
         *lines, end = run(targets.print_in_a_child_and_end_that_by, "SIGKILL")
         assert lines == ["line 0 of stdout", "the last of stdout", "the last of stderr", "the last of C"]
         assert re.fullmatch(r"EngineProcess-\S+ \(pid \d+\) was killed by SIGKILL.*", end)
 
-    def test_do_not_speak_of_a_grandchild_that_ended_well(self) -> None:
+    def test_the_last_lines_do_not_speak_of_a_grandchild_that_ended_well(self) -> None:
         assert run(targets.print_in_a_child_and_end_that_by, "returning")[-1] == "the last of C"
 
-    def test_hold_the_traceback_of_an_exception(self) -> None:
+    def test_the_last_lines_hold_the_traceback_of_an_exception(self) -> None:
         first, *_, last = run(targets.fail_with_cause)
         assert first == "Process EngineCore:"
         assert last == "ValueError: there is no such model"
 
-    def test_say_it_when_the_target_cannot_be_unpickled(self) -> None:
+    def test_the_last_lines_say_it_when_the_target_cannot_be_unpickled(self) -> None:
         *_, last = run(targets.do_nothing, targets.FailsToUnpickle())
         assert last == "ModuleNotFoundError: No module named 'only_here'"
 
 
-class TestAwaitingTheOutput:
-    def test_of_a_child_that_ended_leaves_nothing_unread(self) -> None:
+class TestAwaitOutput:
+    def test_awaiting_the_output_of_a_child_that_ended_leaves_nothing_unread(self) -> None:
         tail = OutputTail()
         context = EngineContext({}, tail=tail)
         process = context.Process(target=targets.print_and_end_by, args=("SIGKILL", 1000))
@@ -75,7 +75,7 @@ class TestAwaitingTheOutput:
         context.await_output(TIMEOUT)
         assert tail.lines()[-1] == "the last of C"
 
-    def test_of_a_child_that_lives_ends_when_the_time_is_up(self) -> None:
+    def test_awaiting_the_output_of_a_child_that_lives_ends_when_the_time_is_up(self) -> None:
         context = EngineContext({}, tail=OutputTail())
         near, far = Pipe()
         process = context.Process(target=targets.print_and_stay, args=(far, "loading"))
@@ -86,11 +86,11 @@ class TestAwaitingTheOutput:
         near.close()
         assert exit_code(process) == 0
 
-    def test_where_none_is_read_is_over_at_once(self) -> None:
+    def test_awaiting_the_output_where_none_is_read_is_over_at_once(self) -> None:
         EngineContext({}, tail=OutputTail()).await_output(TIMEOUT)
 
 
-class TestHowAChildEndedWhoseOutputNobodyReads:
+class TestExitOfAnUnreadChild:
     @staticmethod
     def ended() -> EngineProcess:
         process = EngineContext({}).Process(target=targets.end_by, args=("SIGKILL",), name="VllmWorker-0")
@@ -98,16 +98,18 @@ class TestHowAChildEndedWhoseOutputNobodyReads:
         is_announced(process)
         return process
 
-    def test_is_announced_in_one_line(self, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_how_a_child_ended_whose_output_nobody_reads_is_announced_in_one_line(
+        self, capfd: pytest.CaptureFixture[str]
+    ) -> None:
         process = self.ended()
         assert capfd.readouterr().err.startswith(f"VllmWorker-0 (pid {process.pid}) was killed by SIGKILL")
 
-    def test_is_still_known_to_whoever_asks_the_process(self) -> None:
+    def test_how_a_child_ended_whose_output_nobody_reads_is_known_to_its_process(self) -> None:
         assert exit_code(self.ended()) == -signal.SIGKILL
 
 
-class TestTheOutput:
-    def test_is_passed_on_to_our_stderr(self, capfd: pytest.CaptureFixture[str]) -> None:
+class TestOutput:
+    def test_the_output_is_passed_on_to_our_stderr(self, capfd: pytest.CaptureFixture[str]) -> None:
         run(targets.print_and_end_by, "returning", 2)
         out, err = capfd.readouterr()
         assert err.splitlines() == [
@@ -119,7 +121,7 @@ class TestTheOutput:
         ]
         assert out == ""
 
-    def test_comes_while_the_child_runs(self, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_the_output_comes_while_the_child_runs(self, capfd: pytest.CaptureFixture[str]) -> None:
         read_stderr, write_stderr = os.pipe()
         saved = os.dup(2)
         os.dup2(write_stderr, 2)
@@ -138,13 +140,13 @@ class TestTheOutput:
             for fd in (saved, read_stderr, write_stderr):
                 os.close(fd)
 
-    def test_is_the_parents_own_where_no_tail_is_given(self, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_the_output_is_the_parents_own_where_no_tail_is_given(self, capfd: pytest.CaptureFixture[str]) -> None:
         process = EngineContext({}).Process(target=targets.print_one_line, args=("straight to stdout",))
         process.start()
         assert exit_code(process) == 0
         assert capfd.readouterr().out == "straight to stdout\n"
 
-    def test_of_a_killed_child_goes_on_while_a_descendant_lives(self) -> None:
+    def test_the_output_of_a_killed_child_goes_on_while_a_descendant_lives(self) -> None:
         tail = OutputTail()
         child_near, child_far = Pipe()
         orphan_near, orphan_far = Pipe()
@@ -165,23 +167,23 @@ class TestTheOutput:
 
 
 class TestReports:
-    def test_of_child_and_grandchild_come_in_order(self) -> None:
+    def test_reports_of_child_and_grandchild_come_in_order(self) -> None:
         heard: list[str] = []
         run(targets.report_with_a_child, on_report=heard.append)
         assert heard == ["the child before", "the grandchild", "the child after"]
 
-    def test_are_all_heard_also_when_there_are_many(self) -> None:
+    def test_reports_are_all_heard_also_when_there_are_many(self) -> None:
         heard: list[str] = []
         messages = [f"{number} {'x' * 100}" for number in range(2000)]  # 200 KB
         run(targets.report_all, messages, on_report=heard.append)
         assert heard == messages
 
-    def test_are_not_mixed_with_the_output(self) -> None:
+    def test_reports_are_not_mixed_with_the_output(self) -> None:
         heard: list[str] = []
         assert run(targets.report_all, ["weights"], on_report=heard.append) == []
         assert heard == ["weights"]
 
-    def test_are_no_reason_to_fail_where_nobody_asked_for_them(self) -> None:
+    def test_reports_are_no_reason_to_fail_where_nobody_asked_for_them(self) -> None:
         process = EngineContext({}).Process(target=targets.report_all, args=(["weights"],))
         process.start()
         assert exit_code(process) == 0

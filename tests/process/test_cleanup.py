@@ -48,9 +48,9 @@ def left(cleanup: Cleanup) -> list[str]:
     return targets.marked(cleanup.mark) + [str(path) for path in cleanup.directory.parent.glob(cleanup.mark)]
 
 
-class TestWhatBearsTheMark:
+class TestMark:
     @pytest.mark.parametrize("forked", [False, True], ids=["spawned", "forked"])
-    def test_is_a_segment_and_a_lock_of_a_process(self, cleanup: Cleanup, forked: bool) -> None:
+    def test_what_bears_the_mark_is_a_segment_and_a_lock_of_a_process(self, cleanup: Cleanup, forked: bool) -> None:
         zygote = targets.make_zygote() if forked else None
         holder = Holder(cleanup, zygote and zygote.client)
         lock, segment = holder.names
@@ -60,7 +60,7 @@ class TestWhatBearsTheMark:
         if zygote is not None:
             zygote.stop()
 
-    def test_is_also_what_its_children_make(self, cleanup: Cleanup) -> None:
+    def test_what_bears_the_mark_is_also_what_its_children_make(self, cleanup: Cleanup) -> None:
         handles = InheritedHandles(mark=cleanup.mark, alive=cleanup.alive)
         context = EngineContext({}, targets.own_children_are_bound_too, tail=OutputTail(), handles=handles)
         end, far = Pipe()
@@ -70,7 +70,7 @@ class TestWhatBearsTheMark:
         assert exit_code(process) == 0
         all_output_is_read()
 
-    def test_is_not_what_others_make(self) -> None:
+    def test_what_bears_the_mark_is_not_what_others_make(self) -> None:
         first, second = Cleanup(), Cleanup()
         assert first.mark != second.mark
         assert first.directory != second.directory
@@ -83,13 +83,13 @@ class TestWhatBearsTheMark:
         assert left(second) == []
 
 
-class TestTheDirectory:
-    def test_is_where_files_of_this_system_are_and_is_nobody_elses(self, cleanup: Cleanup) -> None:
+class TestDirectory:
+    def test_the_directory_is_where_files_of_this_system_are_and_private(self, cleanup: Cleanup) -> None:
         assert cleanup.directory.parent == Path(tempfile.gettempdir())
         assert stat.S_IMODE(cleanup.directory.stat().st_mode) == 0o700
 
     @pytest.mark.parametrize(("length", "is_used"), [(LONGEST_BASE, True), (LONGEST_BASE + 1, False)])
-    def test_can_hold_a_socket_also_where_the_place_for_files_has_a_long_name(
+    def test_the_directory_can_hold_a_socket_also_where_the_place_for_files_has_a_long_name(
         self, monkeypatch: pytest.MonkeyPatch, length: int, is_used: bool
     ) -> None:
         with tempfile.TemporaryDirectory(dir="/tmp") as parent:
@@ -103,7 +103,7 @@ class TestTheDirectory:
             cleanup.remove(TIMEOUT)
             assert left(cleanup) == []
 
-    def test_is_where_it_was_asked_for(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_directory_is_where_it_was_asked_for(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(cleanup_module, "LONGEST_BASE", len(str(tmp_path)))
         base = tmp_path / "it's a $(name) *"
         base.mkdir()
@@ -115,8 +115,8 @@ class TestTheDirectory:
         assert base.exists()
 
 
-class TestAllIsGone:
-    def test_when_the_last_process_was_killed_and_we_let_go(self, cleanup: Cleanup) -> None:
+class TestRemoval:
+    def test_all_is_removed_when_the_last_process_was_killed_and_we_let_go(self, cleanup: Cleanup) -> None:
         holder = Holder(cleanup)
         with socket.socket(socket.AF_UNIX) as server:
             server.bind(str(cleanup.directory / "socket"))
@@ -125,7 +125,7 @@ class TestAllIsGone:
         cleanup.remove(TIMEOUT)
         assert left(cleanup) == []
 
-    def test_when_all_were_killed_and_nobody_is_left_to_let_go(self) -> None:
+    def test_all_is_removed_when_all_were_killed_and_nobody_is_left_to_let_go(self) -> None:
         end, far = Pipe()
         owner = plain.Process(target=targets.own_cleanup, args=(far,))
         owner.start()
@@ -138,7 +138,7 @@ class TestAllIsGone:
         assert becomes(lambda: not targets.marked(mark) and not directory.exists())
         end.close()
 
-    def test_but_not_while_one_process_lives(self, cleanup: Cleanup) -> None:
+    def test_nothing_is_removed_while_one_process_lives(self, cleanup: Cleanup) -> None:
         first, second = Holder(cleanup), Holder(cleanup)
         first.kill()
         cleanup.remove(0.1)
@@ -148,12 +148,12 @@ class TestAllIsGone:
         cleanup.remove(TIMEOUT)
         assert left(cleanup) == []
 
-    def test_however_often_it_is_removed(self, cleanup: Cleanup) -> None:
+    def test_all_is_removed_however_often_it_is_removed(self, cleanup: Cleanup) -> None:
         for _ in range(3):
             cleanup.remove(TIMEOUT)
             assert left(cleanup) == []
 
-    def test_where_others_have_removed_some_of_it(self, cleanup: Cleanup) -> None:
+    def test_all_is_removed_where_others_have_removed_some_of_it(self, cleanup: Cleanup) -> None:
         holder = Holder(cleanup)
         holder.kill()
         for name in holder.names:
@@ -162,19 +162,19 @@ class TestAllIsGone:
         cleanup.remove(TIMEOUT)
         assert left(cleanup) == []
 
-    def test_and_no_file_stays_open(self) -> None:
+    def test_removal_leaves_no_file_open(self) -> None:
         files = open_files()
         Cleanup().remove(TIMEOUT)
         assert open_files() == files
 
-    def test_and_nobody_is_missed_by_multiprocessings_own_tracker(self) -> None:
+    def test_multiprocessings_own_tracker_misses_nothing_that_was_removed(self) -> None:
         # It speaks on stderr when its last process ends.
         owner = run_alone("kill_a_holder_of_cleanup()")
         assert (owner.returncode, owner.stdout, owner.stderr) == (0, "", "")
 
 
-class TestWhereNobodyCanRemoveIt:
-    def test_it_is_said_once_and_nothing_is_marked(
+class TestWithoutJanitor:
+    def test_without_a_janitor_one_warning_is_logged_and_nothing_is_marked(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
     ) -> None:
         monkeypatch.setattr(cleanup_module.subprocess, "Popen", _no_shell)

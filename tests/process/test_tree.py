@@ -86,29 +86,29 @@ def child() -> Iterator[Any]:
     process.join(TIMEOUT)
 
 
-class TestARecordedTree:
-    def test_holds_a_process_and_its_descendants(self, tree: Tree) -> None:
+class TestRecordedTree:
+    def test_a_recorded_tree_holds_a_process_and_its_descendants(self, tree: Tree) -> None:
         assert tree.alive() == tree.pids
         assert answers(tree.child_end)
         assert answers(tree.grandchild_end)
 
-    def test_is_described_by_pid_and_title(self, tree: Tree) -> None:
+    def test_a_recorded_tree_is_described_by_pid_and_title(self, tree: Tree) -> None:
         described = tree.tree.describe()
         assert [entry["pid"] for entry in described] == tree.pids
         assert all("python" in str(entry["title"]) for entry in described)
 
-    def test_holds_each_process_once_however_often_it_is_recorded(self, tree: Tree) -> None:
+    def test_a_recorded_tree_holds_each_process_once_however_often_it_is_recorded(self, tree: Tree) -> None:
         tree.tree.record([tree.child.pid, tree.child.pid])
         assert tree.alive() == tree.pids
 
-    def test_still_holds_an_orphan(self, tree: Tree) -> None:
+    def test_a_recorded_tree_still_holds_an_orphan(self, tree: Tree) -> None:
         orphan = next(pid for pid in tree.pids if pid != tree.child.pid)
         tree.child.kill()
         assert exit_code(tree.child) == -signal.SIGKILL
         assert tree.alive() == [orphan]
         assert psutil.Process(orphan).ppid() != tree.child.pid
 
-    def test_does_not_count_a_zombie_as_alive(self, child: Any) -> None:
+    def test_a_recorded_tree_does_not_count_a_zombie_as_alive(self, child: Any) -> None:
         tree = ProcessTree()
         tree.record([child.pid])
         assert has_ended(child)
@@ -116,19 +116,19 @@ class TestARecordedTree:
         assert tree.alive() == []
         assert tree.describe() == []
 
-    def test_passes_over_a_process_that_is_gone(self, child: Any) -> None:
+    def test_a_recorded_tree_passes_over_a_process_that_is_gone(self, child: Any) -> None:
         assert exit_code(child) == 3
         tree = ProcessTree()
         tree.record([child.pid])
         assert tree.alive() == []
         assert tree.kill(TIMEOUT) == []
 
-    def test_passes_over_a_process_that_was_never_started(self) -> None:
+    def test_a_recorded_tree_passes_over_a_process_that_was_never_started(self) -> None:
         tree = ProcessTree()
         tree.record([None])
         assert tree.alive() == []  # a kill() would end the test run itself
 
-    def test_may_be_added_to_while_another_thread_looks_at_it(
+    def test_a_recorded_tree_may_be_added_to_while_another_thread_looks_at_it(
         self, tree: Tree, child: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         # stop() kills while the thread that loads records, or while the status of the engine is asked for.
@@ -142,30 +142,30 @@ class TestARecordedTree:
         monkeypatch.setattr(psutil.Process, "status", recorded_meanwhile)
         tree.tree.alive()
 
-    def test_that_is_empty_is_gone_already(self) -> None:
+    def test_a_recorded_tree_that_is_empty_is_gone_already(self) -> None:
         assert ProcessTree().kill(TIMEOUT) == []
         assert ProcessTree().wait_gone(TIMEOUT) == []
 
 
-class TestKilling:
-    def test_ends_all_of_them_before_it_returns(self, tree: Tree) -> None:
+class TestKill:
+    def test_killing_a_tree_ends_all_of_them_before_it_returns(self, tree: Tree) -> None:
         assert tree.tree.kill(TIMEOUT) == []
         assert tree.alive() == []
         assert not any(_runs(pid) for pid in tree.pids)
 
-    def test_ends_an_orphan(self, tree: Tree) -> None:
+    def test_killing_a_tree_ends_an_orphan(self, tree: Tree) -> None:
         tree.child.kill()
         assert exit_code(tree.child) == -signal.SIGKILL
         assert answers(tree.grandchild_end)
         assert tree.tree.kill(TIMEOUT) == []
         assert is_closed(tree.grandchild_end)
 
-    def test_ends_a_process_that_is_stopped(self, tree: Tree) -> None:
+    def test_killing_a_tree_ends_a_process_that_is_stopped(self, tree: Tree) -> None:
         targets.stop(tree.child.pid)
         assert tree.tree.kill(TIMEOUT) == []
         assert exit_code(tree.child) == -signal.SIGKILL
 
-    def test_ends_a_descendant_that_came_after_the_record(self, tree_of: Callable[..., Tree]) -> None:
+    def test_killing_a_tree_ends_a_descendant_that_came_after_the_record(self, tree_of: Callable[..., Tree]) -> None:
         tree = tree_of(targets.live_and_start_one_when_asked)
         receive(tree.child_end)
         tree.tree.record([tree.child.pid])
@@ -176,7 +176,7 @@ class TestKilling:
         assert is_closed(tree.grandchild_end)
         assert not _runs(late)
 
-    def test_leaves_everybody_else_alone(self, tree: Tree, tree_of: Callable[..., Tree]) -> None:
+    def test_killing_a_tree_leaves_other_processes_alone(self, tree: Tree, tree_of: Callable[..., Tree]) -> None:
         other = tree_of()
         other.grandchild_pid()
         assert tree.tree.kill(TIMEOUT) == []
@@ -184,32 +184,32 @@ class TestKilling:
         assert answers(other.child_end)
         assert answers(other.grandchild_end)
 
-    def test_leaves_the_exit_code_to_the_parent(self, tree: Tree) -> None:
+    def test_killing_a_tree_leaves_the_exit_code_to_the_parent(self, tree: Tree) -> None:
         assert tree.tree.kill(TIMEOUT) == []
         assert tree.child.exitcode == -signal.SIGKILL
 
-    def test_twice_is_no_mistake(self, tree: Tree) -> None:
+    def test_killing_a_tree_twice_is_no_mistake(self, tree: Tree) -> None:
         assert tree.tree.kill(TIMEOUT) == []
         assert tree.tree.kill(TIMEOUT) == []
 
 
-class TestWaiting:
-    def test_leaves_the_exit_code_to_the_parent(self, child: Any) -> None:
+class TestWait:
+    def test_waiting_for_a_tree_leaves_the_exit_code_to_the_parent(self, child: Any) -> None:
         tree = ProcessTree()
         tree.record([child.pid])
         assert tree.wait_gone(TIMEOUT) == []
         assert child.exitcode == 3
 
-    def test_tells_who_is_still_there_when_the_time_is_up(self, tree: Tree) -> None:
+    def test_waiting_for_a_tree_tells_which_processes_are_left_when_the_time_is_up(self, tree: Tree) -> None:
         assert sorted(process.pid for process in tree.tree.wait_gone(0)) == tree.pids
         assert answers(tree.child_end)
 
-    def test_ends_with_the_last_of_them(self, tree: Tree) -> None:
+    def test_waiting_for_a_tree_ends_with_the_last_of_them(self, tree: Tree) -> None:
         for pid in tree.pids:
             os.kill(pid, signal.SIGKILL)
         assert tree.tree.wait_gone(TIMEOUT) == []
 
-    def test_leaves_no_file_open(self, tree: Tree) -> None:
+    def test_waiting_for_a_tree_leaves_no_file_open(self, tree: Tree) -> None:
         files = open_files()
         tree.tree.wait_gone(0)
         tree.tree.kill(TIMEOUT)

@@ -141,24 +141,24 @@ def kill(pid: int | None) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-class TestAChild:
-    def test_comes_from_the_zygote(self, zygote: Zygote) -> None:
+class TestForkedChild:
+    def test_a_forked_child_comes_from_the_zygote(self, zygote: Zygote) -> None:
         near, far = Pipe()
         process = started(forking(zygote), targets.tell_parent, far)
         assert receive(near) == (process.pid, zygote.pid)
         assert exit_code(process) == 0
         assert zygote.pid != os.getpid()
 
-    def test_has_children_from_the_same_zygote(self, zygote: Zygote) -> None:
+    def test_a_forked_child_has_children_from_the_same_zygote(self, zygote: Zygote) -> None:
         _, parent = told(forking(zygote), targets.tell_of_a_child, targets.tell_parent)
         assert parent == zygote.pid
 
-    def test_has_grandchildren_from_the_same_zygote(self, zygote: Zygote) -> None:
+    def test_a_forked_child_has_grandchildren_from_the_same_zygote(self, zygote: Zygote) -> None:
         target = targets.tell_of_a_child
         _, parent = told(forking(zygote), target, targets.tell_of_a_child, targets.tell_parent)
         assert parent == zygote.pid
 
-    def test_may_be_asked_for_while_the_zygote_still_imports(
+    def test_a_forked_child_may_be_asked_for_while_the_zygote_still_imports(
         self, make_zygote: Make, gate: blocking_at_import.Gate, asked: threading.Event
     ) -> None:
         zygote = make_zygote(preloaded.behind(gate))
@@ -170,7 +170,7 @@ class TestAChild:
         join([asker])
         assert parents == [zygote.pid]
 
-    def test_is_started_before_it_has_imported_its_target_and_taken_a_large_payload(
+    def test_a_forked_child_is_started_before_it_has_imported_and_taken_a_large_payload(
         self, zygote: Zygote, gate: blocking_at_import.Gate
     ) -> None:
         near, far = Pipe()
@@ -187,14 +187,14 @@ class TestAChild:
         assert exit_code(process) == 0
         near.close()
 
-    def test_has_what_the_zygote_preloaded(self, make_zygote: Make) -> None:
+    def test_a_forked_child_has_what_the_zygote_preloaded(self, make_zygote: Make) -> None:
         module = "this"  # prints when it is imported, so nobody does
         zygote = make_zygote(functools.partial(preloaded.modules, module))
         assert module in told(forking(zygote), targets.tell_modules)
         assert module not in told(EngineContext({}), targets.tell_modules)
 
 
-class TestAForkedChildIsLikeASpawnedOne:
+class TestLikeASpawnedChild:
     @pytest.fixture
     def ask(self, zygote: Zygote, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Any]]:
         """What a child, forked or else spawned, is like where all has changed since the zygote was started."""
@@ -212,26 +212,28 @@ class TestAForkedChildIsLikeASpawnedOne:
 
         return ask
 
-    def test_in_all_that_it_can_see(self, ask: Callable[..., dict[str, Any]]) -> None:
+    def test_a_forked_child_sees_what_a_spawned_one_sees(self, ask: Callable[..., dict[str, Any]]) -> None:
         assert {**ask(), "files": None} == {**ask(forked=False), "files": None}
 
-    def test_and_has_no_file_of_the_zygote(self, ask: Callable[..., dict[str, Any]]) -> None:
+    def test_a_forked_child_has_no_file_of_the_zygote(self, ask: Callable[..., dict[str, Any]]) -> None:
         its_address = ["socket"]
         assert sorted(ask()["files"]) == sorted(ask(forked=False)["files"] + its_address)
 
-    def test_and_has_the_environment_of_whoever_starts_it(self, ask: Callable[..., dict[str, Any]]) -> None:
+    def test_a_forked_child_has_the_environment_of_its_parent(self, ask: Callable[..., dict[str, Any]]) -> None:
         environment = ask()["environment"]
         assert environment == {**os.environ, "GIVEN": "value"}
         assert ("HOME" in environment, environment[VARIABLE], environment["PATH"]) == (False, "set", "changed")
 
-    def test_and_knows_where_it_is(self, ask: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    def test_a_forked_child_has_the_directory_arguments_and_import_path_of_its_parent(
+        self, ask: Callable[..., dict[str, Any]], tmp_path: Path
+    ) -> None:
         state = ask()
         assert state["working directory"] == str(tmp_path)
         assert state["arguments"] == ["xinference", "-v"]
         assert state["path"][-1] == str(tmp_path)
         assert state["parent"] == os.getpid()  # of whom it is a child in all but fact
 
-    def test_and_has_nothing_of_what_makes_a_zygote(self, ask: Callable[..., dict[str, Any]]) -> None:
+    def test_a_forked_child_has_nothing_of_what_makes_a_zygote(self, ask: Callable[..., dict[str, Any]]) -> None:
         state = ask()
         assert "default_int_handler" in state["signal handlers"][signal.SIGINT]
         assert state["signal handlers"][signal.SIGCHLD] == repr(signal.SIG_DFL)
@@ -239,7 +241,9 @@ class TestAForkedChildIsLikeASpawnedOne:
         assert state["garbage collection"][0] is True
         assert state["stdin"] == os.devnull
 
-    def test_and_imports_with_the_environment_set(self, make_zygote: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_forked_child_imports_its_target_with_its_environment_set(
+        self, make_zygote: Make, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         assert VARIABLE not in imported_in_child.ENVIRONMENT
         monkeypatch.setenv(VARIABLE, "before")
         context = forking(make_zygote())
@@ -248,7 +252,7 @@ class TestAForkedChildIsLikeASpawnedOne:
         monkeypatch.delenv(VARIABLE)
         assert told(context, imported_in_child.tell_variable_at_import, VARIABLE) is None
 
-    def test_and_sees_its_own_environment_with_eight_started_at_once(self, zygote: Zygote) -> None:
+    def test_each_of_eight_children_forked_at_once_sees_its_own_environment(self, zygote: Zygote) -> None:
         count = 8
         all_are_here = threading.Barrier(count, timeout=TIMEOUT)
         answers_of: dict[int, str] = {}
@@ -261,7 +265,7 @@ class TestAForkedChildIsLikeASpawnedOne:
         join([on_thread(functools.partial(launch, number)) for number in range(count)])
         assert answers_of == {number: str(number) for number in range(count)}
 
-    def test_and_runs_on_the_cpus_of_whoever_starts_it(self, zygote: Zygote) -> None:
+    def test_a_forked_child_runs_on_the_cpus_of_its_parent(self, zygote: Zygote) -> None:
         ours = os.sched_getaffinity(0)
         try:
             for cpus in ({min(ours)}, {max(ours)}):
@@ -272,7 +276,7 @@ class TestAForkedChildIsLikeASpawnedOne:
         assert told(forking(zygote), targets.tell_state)["CPUs"] == ours
 
     @pytest.mark.parametrize("fd", [1, 2])
-    def test_and_prints_where_whoever_starts_it_does_now(self, zygote: Zygote, tmp_path: Path, fd: int) -> None:
+    def test_a_forked_child_prints_where_its_parent_does_now(self, zygote: Zygote, tmp_path: Path, fd: int) -> None:
         context = forking(zygote)
         before = told(context, targets.tell_files, 1, 2)
         saved = os.dup(fd)
@@ -291,29 +295,29 @@ class TestAForkedChildIsLikeASpawnedOne:
         lines = (tmp_path / "output").read_text().splitlines()
         assert lines == [["the last of stdout", "the last of C"], ["the last of stderr"]][fd - 1]
 
-    def test_and_has_its_output_kept(self, zygote: Zygote) -> None:
+    def test_the_output_of_a_forked_child_is_kept(self, zygote: Zygote) -> None:
         tail = OutputTail()
         context = forking(zygote, tail=tail)
         assert exit_code(started(context, targets.print_with_a_child, "returning")) == 0
         all_output_is_read()
         assert tail.lines() == ["the child", "the grandchild"]
 
-    def test_and_draws_its_own_random_numbers(self, make_zygote: Make) -> None:
+    def test_a_forked_child_draws_its_own_random_numbers(self, make_zygote: Make) -> None:
         zygote = make_zygote(functools.partial(preloaded.modules, "random", "numpy.random"))
         drawn = [told(forking(zygote), targets.tell_random_numbers) for _ in range(3)]
         assert len({python for python, _ in drawn}) == 3
         assert len({numpy for _, numpy in drawn}) == 3
 
-    def test_and_does_at_exit_what_it_wanted_done(self, zygote: Zygote, tmp_path: Path) -> None:
+    def test_a_forked_child_runs_its_exit_handlers(self, zygote: Zygote, tmp_path: Path) -> None:
         assert exit_code(started(forking(zygote), targets.write_at_exit, tmp_path / "file")) == 0
         assert (tmp_path / "file").read_text() == "written"
 
-    def test_and_can_be_called_something_else(self, zygote: Zygote) -> None:
+    def test_a_forked_child_can_set_its_title(self, zygote: Zygote) -> None:
         context = forking(zygote, {f"{VARIABLE}_{number}": "x" * 100 for number in range(100)})
         for title in ("VLLM::EngineCore", "VLLM::" + 20 * "Worker_"):
             assert told(context, targets.tell_title, title) == title
 
-    def test_and_outlives_the_thread_that_started_it(self, zygote: Zygote) -> None:
+    def test_a_forked_child_outlives_the_thread_that_started_it(self, zygote: Zygote) -> None:
         near, far = Pipe()
         processes: list[EngineProcess] = []
         starter = on_thread(lambda: processes.append(started(forking(zygote), targets.echo, far)))
@@ -324,8 +328,8 @@ class TestAForkedChildIsLikeASpawnedOne:
         assert exit_code(processes[0]) == 0
 
 
-class TestAnExitCode:
-    def test_says_how_the_child_ended_whoever_asks(self, zygote: Zygote) -> None:
+class TestExitCodeOfAForkedChild:
+    def test_the_exit_code_of_a_forked_child_says_how_it_ended_to_every_caller(self, zygote: Zygote) -> None:
         for how, code in {
             "returning": 0,
             "status 3": 3,
@@ -349,7 +353,9 @@ class TestAnExitCode:
             all_output_is_read()
 
     @pytest.mark.parametrize("question", ["is_alive", "exitcode", "start"])
-    def test_is_waited_for_by_one_thread_and_holds_up_no_other(self, zygote: Zygote, question: str) -> None:
+    def test_waiting_for_the_exit_code_of_a_forked_child_holds_up_no_other_thread(
+        self, zygote: Zygote, question: str
+    ) -> None:
         # A start asks after all children: the second Worker was never started.
         near, far = Pipe()
         child_near, child_far = Pipe()
@@ -362,27 +368,29 @@ class TestAnExitCode:
         child_near.close()
         assert exit_code(process) == 0
 
-    def test_is_known_of_every_one_of_many_at_once(self, zygote: Zygote) -> None:
+    def test_the_exit_codes_of_many_forked_children_are_all_known(self, zygote: Zygote) -> None:
         context = forking(zygote)
         processes = [started(context, targets.end_by, how) for how in ("returning", "status 3", "SIGKILL") * 4]
         assert [exit_code(process) for process in processes] == [0, 3, -signal.SIGKILL] * 4
         assert psutil.Process(zygote.pid).children() == []
 
-    def test_is_there_as_soon_as_the_sentinel_says_so(self, zygote: Zygote) -> None:
+    def test_the_exit_code_of_a_forked_child_is_there_as_soon_as_the_sentinel_says_so(self, zygote: Zygote) -> None:
         process = started(forking(zygote), targets.end_by, "status 3")
         assert wait([process.sentinel], TIMEOUT)
         assert process.exitcode == 3
 
 
-class TestWhatMultiprocessingHandsOver:
+class TestArgumentsOfAForkedChild:
     @pytest.mark.parametrize(
         "target", [targets.use_all, targets.use_all_in_a_child], ids=["to a child", "to a grandchild"]
     )
-    def test_works_in_a_forked_one(self, zygote: Zygote, target: Callable[..., None]) -> None:
+    def test_locks_queues_and_pipes_work_in_a_forked_child(self, zygote: Zygote, target: Callable[..., None]) -> None:
         context = forking(zygote)
         assert_all_reach(context, target)
 
-    def test_may_be_as_many_files_as_the_kernel_passes(self, zygote: Zygote, log: Callable[[], list[str]]) -> None:
+    def test_a_forked_child_may_be_given_as_many_files_as_the_kernel_passes(
+        self, zygote: Zygote, log: Callable[[], list[str]]
+    ) -> None:
         count = MAX_FDS - 2  # beside the pipe that is told by, and the zygote's address
         ends = [end for _ in range(count // 2 + 1) for end in Pipe()]
         for too_many in (0, 1):
@@ -393,7 +401,7 @@ class TestWhatMultiprocessingHandsOver:
         for end in ends:
             end.close()
 
-    def test_works_where_a_descendant_hands_it_over(self, zygote: Zygote) -> None:
+    def test_locks_queues_and_pipes_work_where_a_descendant_hands_them_over(self, zygote: Zygote) -> None:
         end, far = Pipe()
         process = started(forking(zygote), targets.tell_of_a_child, far, targets.echo)
         assert answers(end)
@@ -401,40 +409,44 @@ class TestWhatMultiprocessingHandsOver:
         assert exit_code(process) == 0
 
 
-class TestTheZygote:
-    def test_can_be_told_from_other_processes(self, zygote: Zygote) -> None:
+class TestZygote:
+    def test_the_zygote_can_be_told_from_other_processes(self, zygote: Zygote) -> None:
         assert is_forked(zygote, forking(zygote))
         assert Path(f"/proc/{zygote.pid}/cmdline").read_bytes().rstrip(b"\0") == b"xinf-vllm zygote"
 
-    def test_has_one_thread_also_after_it_forked(self, zygote: Zygote) -> None:
+    def test_the_zygote_has_one_thread_also_after_it_forked(self, zygote: Zygote) -> None:
         assert is_forked(zygote, forking(zygote))
         assert psutil.Process(zygote.pid).num_threads() == 1
 
-    def test_is_not_ended_by_ctrl_c(self, zygote: Zygote) -> None:
+    def test_the_zygote_is_not_ended_by_ctrl_c(self, zygote: Zygote) -> None:
         assert is_forked(zygote, forking(zygote))
         assert zygote.pid is not None
         os.kill(zygote.pid, signal.SIGINT)
         assert is_forked(zygote, forking(zygote))
 
-    def test_is_gone_when_it_was_stopped(self, zygote: Zygote) -> None:
+    def test_the_zygote_is_gone_when_it_was_stopped(self, zygote: Zygote) -> None:
         assert is_forked(zygote, forking(zygote))
         pid = zygote.pid
         zygote.stop()
         assert not psutil.pid_exists(pid)
         zygote.stop()
 
-    def test_can_be_stopped_before_it_has_imported_all(self, make_zygote: Make, gate: blocking_at_import.Gate) -> None:
+    def test_the_zygote_can_be_stopped_before_it_has_imported_all(
+        self, make_zygote: Make, gate: blocking_at_import.Gate
+    ) -> None:
         zygote = make_zygote(preloaded.behind(gate))
         gate.wait_until_reached()
         pid = zygote.pid
         zygote.stop()
         assert not psutil.pid_exists(pid)
 
-    def test_that_was_never_started_can_be_stopped(self) -> None:
+    def test_a_zygote_that_was_never_started_can_be_stopped(self) -> None:
         Zygote({}, targets.do_nothing, targets.do_nothing).stop()
 
     @pytest.mark.parametrize("was_started", [False, True])
-    def test_says_why_it_cannot_be_asked(self, zygote: Zygote, log: Callable[[], list[str]], was_started: bool) -> None:
+    def test_the_zygote_says_why_it_cannot_be_asked(
+        self, zygote: Zygote, log: Callable[[], list[str]], was_started: bool
+    ) -> None:
         zygote = zygote if was_started else Zygote({}, targets.do_nothing, targets.do_nothing)
         zygote.stop()
         assert why_not(zygote) == "it was stopped"
@@ -443,7 +455,7 @@ class TestTheZygote:
         (line,) = log()
         assert line == f"{context.children[0].name} is spawned, not forked from the zygote: it was stopped"
 
-    def test_that_is_stopped_leaves_its_children_alone(self, zygote: Zygote) -> None:
+    def test_a_zygote_that_is_stopped_leaves_its_children_alone(self, zygote: Zygote) -> None:
         near, far = Pipe()
         process = started(forking(zygote), targets.echo, far)
         assert answers(near)
@@ -452,7 +464,9 @@ class TestTheZygote:
         near.close()
         assert exit_code(process) == STATUS_UNKNOWN
 
-    def test_is_seen_to_end_while_its_children_live(self, zygote: Zygote, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_zygote_is_seen_to_end_while_its_children_live(
+        self, zygote: Zygote, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(manager_module, "STOP_TIMEOUT", 0.5)
         near, far = Pipe()
         process = started(forking(zygote), targets.echo, far)
@@ -465,7 +479,7 @@ class TestTheZygote:
             near.close()
         assert exit_code(process) == STATUS_UNKNOWN
 
-    def test_leaves_no_file_no_thread_and_no_process(self) -> None:
+    def test_the_zygote_leaves_no_file_no_thread_and_no_process(self) -> None:
         def cycle() -> None:
             zygote = targets.make_zygote()
             assert is_forked(zygote, forking(zygote))
@@ -477,7 +491,7 @@ class TestTheZygote:
         assert open_files() == files
         assert set(threading.enumerate()) == threads
 
-    def test_leaks_nothing_over_twenty_forks(self, zygote: Zygote) -> None:
+    def test_the_zygote_leaks_nothing_over_twenty_forks(self, zygote: Zygote) -> None:
         context = forking(zygote)
 
         def cycle() -> None:
@@ -498,7 +512,7 @@ class TestTheZygote:
         assert becomes(lambda: process.num_fds() <= its_files)  # it tells of an end before it closes what it told it by
         assert process.children() == []
 
-    def test_does_not_care_for_processes_that_its_imports_left_behind(self, make_zygote: Make, tmp_path: Path) -> None:
+    def test_the_zygote_ignores_processes_that_its_imports_left_behind(self, make_zygote: Make, tmp_path: Path) -> None:
         zygote = make_zygote(functools.partial(preloaded.a_process, tmp_path / "pid"))
         near, far = Pipe()
         process = started(forking(zygote), targets.echo, far)
@@ -515,7 +529,7 @@ class TestTheZygote:
         assert exit_code(process) == 0
 
 
-class TestWhenTheModelProcessEnds:
+class TestEndOfTheModelProcess:
     @pytest.fixture
     def owner(self) -> Iterator[Owner]:
         owner = Owner()
@@ -524,32 +538,36 @@ class TestWhenTheModelProcessEnds:
         owner.process.join(TIMEOUT)
         owner.end.close()
 
-    def test_the_zygote_lives_until_then(self, owner: Owner) -> None:
+    def test_the_zygote_lives_until_the_model_process_ends(self, owner: Owner) -> None:
         pid = owner.with_zygote(targets.do_nothing)
         assert answers(owner.end)
         assert psutil.pid_exists(pid)
         owner.process.kill()
         assert is_gone(pid)
 
-    def test_the_zygote_is_gone_also_where_it_is_stopped(self, owner: Owner, gate: blocking_at_import.Gate) -> None:
+    def test_a_stopped_zygote_ends_with_the_model_process(self, owner: Owner, gate: blocking_at_import.Gate) -> None:
         pid = owner.with_zygote(preloaded.behind(gate))
         gate.wait_until_reached()
         targets.stop(pid)
         owner.process.kill()
         assert is_gone(pid)
 
-    def test_the_zygote_is_gone_also_where_it_still_imports(self, owner: Owner, gate: blocking_at_import.Gate) -> None:
+    def test_a_zygote_that_still_imports_ends_with_the_model_process(
+        self, owner: Owner, gate: blocking_at_import.Gate
+    ) -> None:
         pid = owner.with_zygote(preloaded.behind(gate))
         gate.wait_until_reached()
         owner.process.kill()
         assert is_gone(pid)
 
     @pytest.mark.parametrize("is_stopped", [False, True])
-    def test_by_itself_the_zygote_does_not_hold_it_up_and_nothing_is_said(self, is_stopped: bool) -> None:
+    def test_the_zygote_does_not_hold_up_the_end_of_the_model_process(self, is_stopped: bool) -> None:
         owner = run_alone(f"own_a_zygote_and_just_end({is_stopped})")
         assert (owner.returncode, owner.stdout, owner.stderr) == (0, "", "")
 
-    def test_by_itself_that_is_so_where_multiprocessing_made_it(self, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_the_zygote_does_not_hold_up_the_end_of_a_model_process_made_by_multiprocessing(
+        self, capfd: pytest.CaptureFixture[str]
+    ) -> None:
         process = plain.Process(target=targets.own_a_zygote_and_just_end, args=(False,))
         process.start()
         assert has_ended(process)
@@ -570,8 +588,8 @@ class Owner:
         return pid
 
 
-class TestWhenTheZygoteDies:
-    def test_its_children_live_on_and_how_they_end_is_not_known(self, zygote: Zygote) -> None:
+class TestDeathOfTheZygote:
+    def test_children_outlive_the_zygote_and_how_they_end_is_not_known(self, zygote: Zygote) -> None:
         near, far = Pipe()
         process = started(forking(zygote), targets.echo, far)
         ended = started(forking(zygote), targets.end_by, "status 3")
@@ -588,7 +606,7 @@ class TestWhenTheZygoteDies:
         assert process.exitcode == STATUS_UNKNOWN
         assert exit_code(ended) == 3
 
-    def test_whoever_waits_for_a_child_goes_on_waiting(self, zygote: Zygote) -> None:
+    def test_waiting_for_a_child_goes_on_after_the_death_of_the_zygote(self, zygote: Zygote) -> None:
         near, far = Pipe()
         process = started(forking(zygote), targets.echo, far)
         waiter = on_thread(process.join)
@@ -602,7 +620,7 @@ class TestWhenTheZygoteDies:
         join([waiter])
         assert process.exitcode == STATUS_UNKNOWN
 
-    def test_a_child_can_still_be_killed(self, zygote: Zygote) -> None:
+    def test_a_child_can_be_killed_after_the_death_of_the_zygote(self, zygote: Zygote) -> None:
         near, far = Pipe()
         process = started(forking(zygote), targets.echo, far)
         assert answers(near)
@@ -613,7 +631,7 @@ class TestWhenTheZygoteDies:
         assert exit_code(process) == STATUS_UNKNOWN
         assert is_closed(near)
 
-    def test_a_child_spawns_its_own_children(self, zygote: Zygote) -> None:
+    def test_a_child_spawns_its_own_children_after_the_death_of_the_zygote(self, zygote: Zygote) -> None:
         near, far = Pipe()
         process = started(forking(zygote), targets.tell_parent_of_a_child_when_asked, far)
         assert receive(near) == "ready"
@@ -626,7 +644,7 @@ class TestWhenTheZygoteDies:
         near.send("go on")
         assert exit_code(process) == STATUS_UNKNOWN
 
-    def test_a_start_is_spawned_until_there_is_another_and_says_why(
+    def test_children_are_spawned_until_there_is_another_zygote_and_the_log_says_why(
         self, make_zygote: Make, gate: blocking_at_import.Gate, log: Callable[[], list[str]]
     ) -> None:
         zygote = make_zygote(preloaded.behind(gate))
@@ -645,7 +663,9 @@ class TestWhenTheZygoteDies:
         assert is_forked(zygote, context)
         assert len(log()) == 1
 
-    def test_a_start_that_found_it_alive_is_spawned(self, zygote: Zygote, log: Callable[[], list[str]]) -> None:
+    def test_a_start_during_which_the_zygote_dies_is_spawned(
+        self, zygote: Zygote, log: Callable[[], list[str]]
+    ) -> None:
         # It dies between being found and being asked.
         client = zygote.client()
         pid = zygote.pid
@@ -655,7 +675,9 @@ class TestWhenTheZygoteDies:
         assert told(context, targets.tell_parent)[1] == os.getpid()
         assert len(log()) == 1
 
-    def test_while_it_is_replaced_it_can_be_stopped(self, zygote: Zygote, caplog: pytest.LogCaptureFixture) -> None:
+    def test_a_zygote_that_is_being_replaced_can_be_stopped(
+        self, zygote: Zygote, caplog: pytest.LogCaptureFixture
+    ) -> None:
         assert is_forked(zygote, forking(zygote))
         noticed, stopping = threading.Event(), threading.Event()
 
@@ -678,7 +700,7 @@ class TestWhenTheZygoteDies:
         assert not [thread for thread in threading.enumerate() if thread.name == "zygote-watch"]
 
 
-class TestAStartIsSpawned:
+class TestSpawnedInstead:
     @pytest.mark.parametrize(
         ("preload", "hazard", "reason"),
         [
@@ -688,7 +710,7 @@ class TestAStartIsSpawned:
         ],
         ids=["a thread", "a hazard", "an error"],
     )
-    def test_where_a_fork_would_not_be_clean(
+    def test_a_start_is_spawned_where_a_fork_would_not_be_clean(
         self,
         make_zygote: Make,
         log: Callable[[], list[str]],
@@ -701,13 +723,13 @@ class TestAStartIsSpawned:
         assert not is_forked(zygote, context)
         assert log() == [f"{context.children[0].name} is spawned, not forked from the zygote: {reason}"]
 
-    def test_only_while_a_fork_would_not_be_clean(self, make_zygote: Make, tmp_path: Path) -> None:
+    def test_a_start_is_spawned_only_while_a_fork_would_not_be_clean(self, make_zygote: Make, tmp_path: Path) -> None:
         zygote = make_zygote(hazard=functools.partial(preloaded.a_hazard_unless, tmp_path / "no hazard"))
         assert not is_forked(zygote, forking(zygote))
         (tmp_path / "no hazard").touch()
         assert is_forked(zygote, forking(zygote))
 
-    def test_where_it_could_not_have_the_environment_that_it_is_given(
+    def test_a_start_is_spawned_where_it_could_not_have_the_environment_that_it_is_given(
         self, zygote: Zygote, log: Callable[[], list[str]]
     ) -> None:
         reasons = []
@@ -720,7 +742,7 @@ class TestAStartIsSpawned:
             )
         assert log() == reasons
 
-    def test_where_it_was_to_have_less_than_the_zygote_was_loaded_with(
+    def test_a_start_is_spawned_where_it_is_to_have_fewer_frozen_variables(
         self, make_zygote: Make, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("OMP_PROC_BIND", "false")
@@ -729,11 +751,11 @@ class TestAStartIsSpawned:
         monkeypatch.delenv("OMP_PROC_BIND")
         assert not is_forked(zygote, forking(zygote))
 
-    def test_but_not_for_what_can_be_mended(self, zygote: Zygote) -> None:
+    def test_a_start_is_not_spawned_for_variables_that_can_be_changed_after_a_fork(self, zygote: Zygote) -> None:
         assert is_forked(zygote, forking(zygote, {"OMP_NUM_THREADS": "1", "GOMP_CPU_AFFINITY": "0"}))
         assert is_forked(zygote, forking(zygote, {"OPENBLAS_NUM_THREADS": "1"}))
 
-    def test_where_it_is_to_run_by_another_executable(
+    def test_a_start_is_spawned_where_it_is_to_run_by_another_executable(
         self, zygote: Zygote, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         # As vLLM has it for numa_bind, while it starts a process.
@@ -743,12 +765,14 @@ class TestAStartIsSpawned:
         monkeypatch.setattr(spawn, "_python_exe", os.fsencode(numactl))
         assert not is_forked(zygote, forking(zygote))
 
-    def test_without_a_word_where_there_is_to_be_no_zygote(self, log: Callable[[], list[str]]) -> None:
+    def test_a_start_is_spawned_without_a_word_where_there_is_to_be_no_zygote(
+        self, log: Callable[[], list[str]]
+    ) -> None:
         assert told(EngineContext({}, find_zygote=lambda: None), targets.tell_parent)[1] == os.getpid()
         assert log() == []
 
     @pytest.mark.parametrize("preload", [preloaded.and_raise, preloaded.and_die])
-    def test_where_there_never_is_a_zygote_and_some_attempts_are_enough(
+    def test_a_start_is_spawned_where_every_zygote_ends_early_and_no_more_are_made(
         self, make_zygote: Make, tmp_path: Path, preload: Callable[[Path], None]
     ) -> None:
         attempts = tmp_path / "attempts"
@@ -759,7 +783,7 @@ class TestAStartIsSpawned:
         assert not is_forked(zygote, forking(zygote))
 
 
-class TestAZygoteThatDoesNotAnswer:
+class TestStoppedZygote:
     @pytest.fixture
     def stopped(self, zygote: Zygote) -> Iterator[Zygote]:
         assert is_forked(zygote, forking(zygote))
@@ -767,7 +791,7 @@ class TestAZygoteThatDoesNotAnswer:
         yield zygote
         go_on(zygote)
 
-    def test_is_given_up_and_forks_nothing_later(
+    def test_a_zygote_that_does_not_answer_is_given_up_and_forks_nothing_later(
         self, stopped: Zygote, log: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with monkeypatch.context() as impatient:
@@ -783,7 +807,9 @@ class TestAZygoteThatDoesNotAnswer:
         near.close()
         assert exit_code(process) == 0
 
-    def test_keeps_no_stop_of_the_engine_waiting(self, stopped: Zygote, asked: threading.Event) -> None:
+    def test_a_zygote_that_does_not_answer_keeps_no_stop_of_the_engine_waiting(
+        self, stopped: Zygote, asked: threading.Event
+    ) -> None:
         context = forking(stopped)
         starter = on_thread(lambda: is_refused(context, targets.do_nothing))
         assert asked.wait(TIMEOUT)
@@ -793,7 +819,7 @@ class TestAZygoteThatDoesNotAnswer:
         assert is_forked(stopped, forking(stopped))
         assert becomes(lambda: pids_of_children(stopped) == [])
 
-    def test_until_the_start_was_given_up_has_a_child_that_does_nothing(
+    def test_a_zygote_that_forks_after_the_start_was_given_up_has_a_child_that_does_nothing(
         self, make_zygote: Make, gate: blocking_at_import.Gate, tmp_path: Path
     ) -> None:
         zygote = make_zygote(hazard=preloaded.behind(gate))
@@ -818,8 +844,8 @@ def pids_of_children(zygote: Zygote) -> list[int]:
     return [child.pid for child in psutil.Process(zygote.pid).children()]
 
 
-class TestWhatAProcessReadsOnce:
-    def test_is_told_from_what_can_be_changed(self) -> None:
+class TestFrozenVariables:
+    def test_what_a_process_reads_once_is_told_from_what_can_be_changed(self) -> None:
         environment = {
             "LD_PRELOAD": "libtcmalloc.so",
             "MALLOC_ARENA_MAX": "2",

@@ -26,12 +26,12 @@ def _reasons(replica_uid: str) -> list[str]:
     return [death["reason"] for death in death_log.read(replica_uid)]
 
 
-class TestDeathsAreKept:
-    def test_a_replica_that_never_died_has_none(self, home: Path) -> None:
+class TestRecord:
+    def test_a_replica_that_never_died_has_no_deaths(self, home: Path) -> None:
         assert death_log.read("tiny-0") == []
         assert not home.exists()
 
-    def test_they_come_back_oldest_first_with_their_time(self) -> None:
+    def test_deaths_are_read_oldest_first_with_their_time(self) -> None:
         before = time.time()
         death_log.record("tiny-0", "killed by SIGKILL")
         death_log.record("tiny-0", "out of memory")
@@ -50,32 +50,32 @@ class TestDeathsAreKept:
         assert [path.relative_to(home).parts[0] for path in home.rglob("*.jsonl")] == ["vllm_backend"]
 
 
-class TestReplicasAreKeptApart:
-    def test_each_has_its_own_deaths(self) -> None:
+class TestReplicas:
+    def test_each_replica_has_its_own_deaths(self) -> None:
         death_log.record("tiny-0", "killed")
         assert death_log.read("tiny-1") == []
 
     @pytest.mark.parametrize("uid", ["a/b", "../../escape", "..", "/etc/passwd", "空 格%2F", "a.b-0"])
-    def test_a_name_that_is_no_file_name_stays_inside_the_directory(self, uid: str, home: Path) -> None:
+    def test_the_deaths_of_a_name_that_is_no_file_name_stay_inside_the_directory(self, uid: str, home: Path) -> None:
         death_log.record(uid, "killed")
         assert _reasons(uid) == ["killed"]
         (file,) = home.parent.rglob("*.jsonl")
         assert file.parent == home / "vllm_backend" / "deaths"
 
-    def test_names_that_look_alike_when_escaped_are_two(self) -> None:
+    def test_names_that_look_alike_when_escaped_have_their_own_deaths(self) -> None:
         death_log.record("a/b", "the first")
         death_log.record("a%2Fb", "the second")
         assert (_reasons("a/b"), _reasons("a%2Fb")) == (["the first"], ["the second"])
 
 
-class TestDeathsAreForgotten:
-    def test_when_the_replica_is_stopped_on_purpose(self) -> None:
+class TestForget:
+    def test_deaths_are_forgotten_when_the_replica_is_stopped_on_purpose(self) -> None:
         death_log.record("tiny-0", "killed")
         death_log.record("tiny-1", "killed")
         death_log.forget("tiny-0")
         assert death_log.read("tiny-0") == []
         assert _reasons("tiny-1") == ["killed"]
 
-    def test_also_when_there_is_nothing_to_forget(self) -> None:
+    def test_deaths_are_forgotten_also_when_there_is_nothing_to_forget(self) -> None:
         death_log.forget("tiny-0")
         death_log.forget("tiny-0")

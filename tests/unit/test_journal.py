@@ -40,28 +40,28 @@ def names(entries: Any) -> list[str]:
     return [entry.id for entry in entries]
 
 
-class TestAnEntry:
-    def test_has_the_tokens_that_were_delivered(self, journal: Journal) -> None:
+class TestEntry:
+    def test_an_entry_has_the_tokens_that_were_delivered(self, journal: Journal) -> None:
         entry, other = opened(journal, "a", "b")
         journal.deliver([output("a", 1, 2), output("b", 7)])
         journal.deliver([output("a", 3)])
         assert (entry.tokens, other.tokens) == ([1, 2, 3], [7])
 
-    def test_is_gone_when_it_finishes_is_aborted_or_fails(self, journal: Journal) -> None:
+    def test_an_entry_is_gone_when_it_finishes_is_aborted_or_fails(self, journal: Journal) -> None:
         opened(journal, "a", "b")
         journal.deliver([output("a", 1, finish_reason=0)])
         journal.close(["b", "never there"])
         assert len(journal) == 0
 
-    def test_that_is_gone_takes_no_more(self, journal: Journal) -> None:
+    def test_an_entry_that_is_gone_takes_no_more(self, journal: Journal) -> None:
         (entry,) = opened(journal, "a")
         journal.close(["a"])
         journal.deliver([output("a", 1)])
         assert entry.tokens == [] and entry not in journal and entry.further.is_set()
 
 
-class TestADeath:
-    def test_makes_those_wait_that_were_worked_on(self, journal: Journal, clock: Clock) -> None:
+class TestDeath:
+    def test_a_death_makes_the_requests_wait_that_were_worked_on(self, journal: Journal, clock: Clock) -> None:
         opened(journal, "a", "b")
         assert journal.waiting() == []
         clock.now = 3.0
@@ -72,11 +72,11 @@ class TestADeath:
         journal.open(request("d"))
         assert names(journal.waiting(longer_than=5.0)) == ["a", "b", "c"]
 
-    def test_is_not_held_against_those_that_were_not(self, journal: Journal) -> None:
+    def test_a_death_is_not_held_against_requests_that_were_not_worked_on(self, journal: Journal) -> None:
         journal.open(request("waits"))
         assert journal.lost() == []
 
-    def test_counts_for_those_that_got_no_further_since_the_last(self, journal: Journal) -> None:
+    def test_a_death_counts_for_requests_that_got_no_further_since_the_last(self, journal: Journal) -> None:
         stuck, goes = opened(journal, "stuck", "goes")
         for _ in range(3):
             journal.deliver([output("goes", *range(PROGRESS_TOKENS)), output("stuck", *range(PROGRESS_TOKENS - 1))])
@@ -85,7 +85,7 @@ class TestADeath:
             goes.sent()
         assert (stuck.deaths, goes.deaths) == (3, 1)
 
-    def test_is_suspected_of_the_only_one_that_got_no_further(self, journal: Journal) -> None:
+    def test_the_only_request_that_got_no_further_is_suspected(self, journal: Journal) -> None:
         stuck, goes = opened(journal, "stuck", "goes")
         journal.lost()
         assert not stuck.suspect and not goes.suspect  # it could have been either
@@ -95,7 +95,7 @@ class TestADeath:
         journal.lost()
         assert stuck.suspect and not goes.suspect
 
-    def test_is_suspected_of_all_choices_of_one_request(self, journal: Journal) -> None:
+    def test_all_choices_of_one_request_are_suspected(self, journal: Journal) -> None:
         children = [journal.open(request(name, of="parent")) for name in ("0_parent", "1_parent")]
         for child in children:
             child.sent()
@@ -108,14 +108,14 @@ class Abort:
         return "abort"
 
 
-class TestAnEngineThatAborts:
-    def test_its_requests_unasked_ends_none_of_them(self, journal: Journal) -> None:
+class TestAbort:
+    def test_an_engine_that_aborts_its_requests_unasked_ends_none_of_them(self, journal: Journal) -> None:
         entry, other = opened(journal, "a", "b")
         aborted = journal.deliver([output("a", 9, finish_reason=Abort()), output("b", 1)])
         assert aborted == {"a"} and entry in journal
         assert (entry.tokens, other.tokens) == ([], [1])
 
-    def test_its_requests_because_it_was_told_to_ends_them(self, journal: Journal) -> None:
+    def test_an_engine_that_aborts_its_requests_because_it_was_told_to_ends_them(self, journal: Journal) -> None:
         (entry,) = opened(journal, "a")
         journal.aborts_wanted = True
         assert journal.deliver([output("a", finish_reason=Abort())]) == set()
