@@ -288,7 +288,7 @@ class Server:
         """
         if not self._orders.poll(BACK):
             raise TimeoutError(f"{self.side}: nothing heard for {BACK:g} s")
-        return self._orders.recv()
+        return float(self._orders.recv())
 
     def throughput(self) -> float:
         """Tokens per second for greedy requests that come all at once."""

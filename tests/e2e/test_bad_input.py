@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def _empty(model: Path) -> None:
         path.unlink()
 
 
-DIRECTORIES = {
+DIRECTORIES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (shutil.rmtree, r"missing File or directory does not exist"),
     "empty": (_empty, r"holds no config\.json"),
     "no-tokenizer": (_without_tokenizer, r"tokenizer"),
@@ -69,7 +69,7 @@ FAKE_VLLM = {
 }
 
 # What only the REST API takes, of features that run as upstream's: here what they need is missing.
-REST = {
+REST: dict[str, tuple[dict[str, Any], str]] = {
     "nixl": ({"_nixl_config": {"role": "prefill"}}, r"NIXL is not available"),
     "xavier": ({"enable_xavier": True, "replica": 2}, r"could not be loaded: ModuleNotFoundError: .* \(install it"),
     "wrong-type-by-rest": ({"max_num_seqs": "many"}, r"max_num_seqs='many' cannot be used"),
@@ -77,7 +77,7 @@ REST = {
 
 
 @pytest.fixture(scope="module")
-def launches(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future]]:
+def launches(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Any]]]:
     """All the bad launches, some at a time: by case, how the command line ended, or what the REST API answered."""
     bad = tmp_path_factory.mktemp("bad")
     arguments: dict[str, tuple[str, ...]] = {case: given for case, (given, _) in ARGUMENTS.items()}

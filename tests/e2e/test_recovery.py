@@ -27,7 +27,9 @@ def serving(cluster: Cluster, tiny: subprocess.CompletedProcess[str]) -> Cluster
 
 
 def status(cluster: Cluster) -> dict[str, Any]:
-    return httpx.get(f"{cluster.endpoint}/v1/models/tiny/engine", trust_env=False, timeout=30).json()["replicas"][0]
+    answer = httpx.get(f"{cluster.endpoint}/v1/models/tiny/engine", trust_env=False, timeout=30)
+    replica: dict[str, Any] = answer.json()["replicas"][0]
+    return replica
 
 
 def stream(cluster: Cluster) -> Iterator[str]:
@@ -78,11 +80,11 @@ def test_a_stopped_engine_is_replaced_and_xinference_sees_a_ready_model_all_the_
     (model,), (victim,) = serving.model_processes(), serving.engine_processes("EngineCore")
     before = status(serving)["restarts"]
     kill(serving, victim, signal.SIGSTOP)
-    seen = set()
+    seen: set[str] = set()
 
     def is_back() -> bool:
         seen.update(replica["status"] for replica in serving.get("/v1/models/tiny/replicas"))
-        return status(serving)["restarts"] > before
+        return bool(status(serving)["restarts"] > before)
 
     wait_until(is_back, BACK, "the engine to be replaced")
     assert serving.answers("tiny") and serving.model_processes() == [model]
@@ -129,11 +131,14 @@ def test_terminate_leaves_no_process(serving: Cluster) -> None:
     serving.wait_until_unloaded()
 
 
-def test_when_no_restart_is_left_requests_read_why_and_the_model_is_made_anew(serving: Cluster) -> None:
+def test_when_no_restart_is_left_requests_read_why_and_the_model_is_started_again(serving: Cluster) -> None:
     assert serving.launch("tiny", "--max_restarts", "0").returncode == 0
     (victim,), (model,) = serving.engine_processes("EngineCore"), serving.model_processes()
     kill(serving, victim, signal.SIGSTOP)  # nothing is answered until that is found to be a hang
-    asked = {"chat/completions": {"messages": [{"role": "user", "content": "a"}]}, "completions": {"prompt": "a"}}
+    asked: dict[str, dict[str, Any]] = {
+        "chat/completions": {"messages": [{"role": "user", "content": "a"}]},
+        "completions": {"prompt": "a"},
+    }
 
     def ask(route: str, stream: bool) -> tuple[int, str]:
         body = {"model": "tiny", "max_tokens": 20, "stream": stream, **asked[route]}

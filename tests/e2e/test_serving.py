@@ -77,7 +77,8 @@ def test_chat_and_completion_stream_what_they_answer_at_once(client: openai.Open
 def test_32_requests_at_a_time_get_their_own_answers(client: openai.OpenAI) -> None:
     def ask(number: int) -> str:
         prompt = f"{PROMPT} {number % 8}"
-        return client.completions.create(model="tiny", prompt=prompt, max_tokens=30, temperature=0).choices[0].text
+        answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=30, temperature=0)
+        return str(answer.choices[0].text)
 
     alone = [ask(number) for number in range(8)]
     with ThreadPoolExecutor(32) as pool:

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def dies(how: signal.Signals) -> None:
     os.kill(os.getpid(), how)
 
 
-ACTIONS = {
+ACTIONS: dict[str, Callable[[], object]] = {
     "raises": raises,
     "waits": waits,
     "exits": lambda: os._exit(3),

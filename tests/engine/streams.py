@@ -151,6 +151,10 @@ def victim(supervisor: EngineSupervisor, title: str) -> int:
     return next(int(process["pid"]) for process in supervisor.processes() if process["title"].startswith(title))
 
 
+def state(supervisor: EngineSupervisor) -> State:
+    return supervisor.lifecycle.state
+
+
 def deaths(supervisor: EngineSupervisor) -> list[str]:
     return [move.reason for move in supervisor.lifecycle.history if move.state is State.RESTARTING]
 

@@ -43,7 +43,8 @@ async def test_a_model_loads_serves_is_watched_and_gives_up_once(model: Any, mon
     await asyncio.to_thread(model.load)
     assert (await chat(model, 3))["usage"]["completion_tokens"] == 3  # load() returned, so it serves
     assert os.environ == before  # spawn was forced without a trace
-    assert model._check_health_task is None
+    task = model._check_health_task
+    assert task is None
 
     model.set_loop(loop)
     await asyncio.to_thread(model.wait_for_load)
@@ -52,7 +53,7 @@ async def test_a_model_loads_serves_is_watched_and_gives_up_once(model: Any, mon
     assert isinstance(task, asyncio.Task) and not task.done()
 
     def engine_core() -> int:
-        return next(p["pid"] for p in model._engine.processes() if p["title"] == "VLLM::EngineCore")
+        return next(int(p["pid"]) for p in model._engine.processes() if p["title"] == "VLLM::EngineCore")
 
     killed = engine_core()
     os.kill(killed, signal.SIGKILL)

@@ -7,10 +7,11 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
-from streams import ENGINE_CORE, TOKENS, Gate, HeldRestart, MakeWatched, Stream, refusal, until, victim
+from streams import ENGINE_CORE, TOKENS, Gate, HeldRestart, MakeWatched, Stream, refusal, state, until, victim
 
 from xinf_vllm_backend.engine.lifecycle import State
 from xinf_vllm_backend.engine.processes import EngineProcesses
@@ -58,7 +59,7 @@ async def test_an_engine_that_does_not_come_back_fails_with_the_first_cause_and_
     for stream in (begun, waits):
         assert isinstance(await refusal(stream), EngineRestartingError)  # after 0.3 s
     restart.let_go()
-    await until(lambda: supervisor.lifecycle.state is State.FAILED)
+    await until(lambda: state(supervisor) is State.FAILED)
     assert (
         "was killed by SIGKILL; it could not be restarted, in 2 attempts, the last time because" in supervisor.failure
     )
@@ -76,10 +77,15 @@ async def test_no_engine_is_started_beside_one_that_cannot_be_killed(
     kill, start = ProcessTree.kill, EngineProcesses.start
     surviving = [psutil.Process()] * 4
     starts: list[int] = []
+
+    def counted(*args: Any) -> Any:
+        starts.append(len(surviving))
+        return start(*args)
+
     monkeypatch.setattr(
         ProcessTree, "kill", lambda tree, timeout: [*kill(tree, timeout), *(surviving.pop() for _ in surviving[:1])]
     )
-    monkeypatch.setattr(EngineProcesses, "start", lambda *args: (starts.append(len(surviving)), start(*args))[1])
+    monkeypatch.setattr(EngineProcesses, "start", counted)
     gate = Gate(tmp_path / "gate")
     stream = Stream(supervisor, **gate.params)
     await gate.reached(stream)
@@ -102,10 +108,10 @@ async def test_weights_that_were_changed_make_a_restarted_engine_stale_until_the
     gate.open()
     error = await refusal(stream)
     assert isinstance(error, EngineStaleError) and "reload_weights()" in str(error)
-    assert supervisor.lifecycle.state is State.STALE
+    assert state(supervisor) is State.STALE
     assert isinstance(await refusal(Stream(supervisor)), EngineStaleError)
     await supervisor.collective_rpc("reload_weights")
-    assert supervisor.lifecycle.state is State.READY
+    assert state(supervisor) is State.READY
     assert await Stream(supervisor).end() == TOKENS
 
 
@@ -122,4 +128,4 @@ async def test_a_stop_while_the_engine_restarts_ends_its_requests_and_processes(
     await restart.begun()
     await asyncio.to_thread(supervisor.stop, 5)
     assert "was stopped while the request ran" in str(await refusal(stream))
-    assert supervisor.lifecycle.state is State.STOPPED and supervisor.processes() == []
+    assert state(supervisor) is State.STOPPED and supervisor.processes() == []

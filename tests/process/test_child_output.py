@@ -17,7 +17,9 @@ from xinf_vllm_backend.process.context import EngineContext, EngineProcess
 from xinf_vllm_backend.process.output import MAX_LINES, OutputTail
 
 
-def run(target: Callable[..., None], *arguments: Any, on_report: Callable[[str], None] | None = None) -> list[str]:
+def run(
+    target: Callable[..., None], *arguments: Any, on_report: Callable[[str], None] = lambda report: None
+) -> list[str]:
     """Run ``target`` in a child to its end; returns what is left of its output."""
     tail = OutputTail()
     context = EngineContext({}, targets.own_children_are_bound_too, tail=tail, on_report=on_report)

@@ -52,7 +52,7 @@ class TestMark:
     @pytest.mark.parametrize("forked", [False, True], ids=["spawned", "forked"])
     def test_what_bears_the_mark_is_a_segment_and_a_lock_of_a_process(self, cleanup: Cleanup, forked: bool) -> None:
         zygote = targets.make_zygote() if forked else None
-        holder = Holder(cleanup, zygote and zygote.client)
+        holder = Holder(cleanup, zygote.client if zygote is not None else None)
         lock, segment = holder.names
         assert re.fullmatch(rf"sem\.{cleanup.mark}-\w+", lock)
         assert re.fullmatch(rf"{cleanup.mark}-\w+", segment)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import threading
@@ -124,7 +125,7 @@ class TestEnvironmentOfTheParent:
             answers_of[number] = value, told(context, targets.tell_variable, other)
             near.close()
 
-        join([on_thread(lambda number=number: launch(number)) for number in range(count)])
+        join([on_thread(functools.partial(launch, number)) for number in range(count)])
         assert answers_of == {number: (str(number), None) for number in range(count)}
         assert dict(os.environ) == before
         assert changes == []

@@ -141,6 +141,11 @@ def kill(pid: int | None) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
+def pid_of(zygote: Zygote) -> int:
+    assert zygote.pid is not None
+    return zygote.pid
+
+
 class TestForkedChild:
     def test_a_forked_child_comes_from_the_zygote(self, zygote: Zygote) -> None:
         near, far = Pipe()
@@ -426,7 +431,7 @@ class TestZygote:
 
     def test_the_zygote_is_gone_when_it_was_stopped(self, zygote: Zygote) -> None:
         assert is_forked(zygote, forking(zygote))
-        pid = zygote.pid
+        pid = pid_of(zygote)
         zygote.stop()
         assert not psutil.pid_exists(pid)
         zygote.stop()
@@ -436,7 +441,7 @@ class TestZygote:
     ) -> None:
         zygote = make_zygote(preloaded.behind(gate))
         gate.wait_until_reached()
-        pid = zygote.pid
+        pid = pid_of(zygote)
         zygote.stop()
         assert not psutil.pid_exists(pid)
 
@@ -594,12 +599,13 @@ class TestDeathOfTheZygote:
         process = started(forking(zygote), targets.echo, far)
         ended = started(forking(zygote), targets.end_by, "status 3")
         assert exit_code(ended) == 3
-        pid = zygote.pid
+        pid = pid_of(zygote)
         kill(pid)
         assert is_gone(pid)
         assert answers(near)
         assert process.is_alive()
-        assert process.exitcode is None
+        not_ended = process.exitcode
+        assert not_ended is None
         assert not wait([process.sentinel], 0)
         near.close()
         assert wait([process.sentinel], TIMEOUT)
@@ -624,7 +630,7 @@ class TestDeathOfTheZygote:
         near, far = Pipe()
         process = started(forking(zygote), targets.echo, far)
         assert answers(near)
-        pid = zygote.pid
+        pid = pid_of(zygote)
         kill(pid)
         assert is_gone(pid)
         process.kill()
@@ -635,7 +641,7 @@ class TestDeathOfTheZygote:
         near, far = Pipe()
         process = started(forking(zygote), targets.tell_parent_of_a_child_when_asked, far)
         assert receive(near) == "ready"
-        pid = zygote.pid
+        pid = pid_of(zygote)
         kill(pid)
         assert is_gone(pid)
         near.send("go on")

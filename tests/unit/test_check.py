@@ -119,7 +119,7 @@ class Model:
 
 class TestResults:
     async def test_a_value_is_passed_through(self) -> None:
-        value = {"choices": []}
+        value: dict[str, list[Any]] = {"choices": []}
         assert await Model(value).async_chat() is value
 
     async def test_arguments_reach_the_method(self) -> None:

@@ -102,7 +102,7 @@ class Family:
 
 
 def _left_of(*packages: str) -> list[str]:
-    family = cpu.without_vllm(Family(VirtualEnv(list(packages))))
+    family: Family = cpu.without_vllm(Family(VirtualEnv(list(packages))))
     assert family.virtualenv is not None
     return family.virtualenv.packages
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -218,7 +219,7 @@ class TestPublicChange:
         with environment.public(**{SET: "public", NEW: "public"}):
             for name in (SET, NEW):
                 assert os.environb[name.encode()] == b"public"
-                assert on_another_thread(lambda name=name: os.environ[name]) == "public"
+                assert on_another_thread(functools.partial(os.environ.get, name)) == "public"
         assert everything() == real
 
     def test_a_public_change_is_over_also_when_it_failed(self, real: dict[str, str]) -> None:

@@ -68,7 +68,8 @@ class TestForbiddenMoves:
 
 class TestMoves:
     def test_a_move_is_told_and_remembered_with_its_reason_and_its_time(self) -> None:
-        clock, told = Clock(100.0), []
+        clock = Clock(100.0)
+        told: list[Move] = []
         lifecycle = Lifecycle("tiny", told.append, clock)
         lifecycle.move(State.STARTING, "it was launched")
         clock.now += 5

@@ -46,6 +46,7 @@ def system_utils(put: Any) -> ModuleType:
     """vLLM's module that asks for the context of every engine child."""
     module = put("vllm.utils.system_utils", multiprocessing=multiprocessing)
     module.get_mp_context = lambda: module.multiprocessing.get_context("fork")
+    assert isinstance(module, ModuleType)
     return module
 
 

@@ -22,6 +22,7 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 def _refused(options: dict[str, Any]) -> str:
     with pytest.raises(BadLaunchArgumentError) as caught:
         Settings.resolve(options)
+    sentence: str
     (sentence,) = caught.value.args
     return sentence
 
@@ -119,7 +120,7 @@ class TestOptions:
     def test_settings_do_not_change_after_they_were_made(self) -> None:
         settings = Settings()
         with pytest.raises(ValueError, match="frozen"):
-            settings.load_timeout = 1.0
+            settings.load_timeout = 1.0  # type: ignore[misc]
 
     @pytest.mark.parametrize("name", NUMBERS)
     def test_every_option_says_its_unit_and_meaning(self, name: str) -> None:

@@ -42,7 +42,7 @@ class Entry:
 
     @property
     def id(self) -> str:
-        return self.request.request_id
+        return str(self.request.request_id)
 
     def sent(self) -> None:
         """An engine works on it from now on."""
