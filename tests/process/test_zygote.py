@@ -647,7 +647,6 @@ class TestDeathOfTheZygote:
         near.send("go on")
         _, parent = receive(near)
         assert parent == process.pid
-        near.send("go on")
         assert exit_code(process) == STATUS_UNKNOWN
 
     def test_children_are_spawned_until_there_is_another_zygote_and_the_log_says_why(
