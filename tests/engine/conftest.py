@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 from engine_faults import FAULTS
-from streams import BOUND, Make, MakeWatched, Stream
+from streams import BOUND, Make, MakeWatched, Stream, until
 
 from xinf_vllm_backend.demo.tiny_model import make_tiny_model
 from xinf_vllm_backend.engine import preload
@@ -67,7 +68,9 @@ async def make_supervisor(tiny_model: Path) -> AsyncIterator[Make]:
     yield make
     await asyncio.gather(*(asyncio.to_thread(supervisor.stop, 5) for supervisor in supervisors))
     await asyncio.sleep(0)  # vLLM closes its sockets on the loop that it served from
-    assert not left_of(preload.zygote_pid())
+    with contextlib.suppress(asyncio.TimeoutError):
+        await until(lambda: not left_of(preload.zygote_pid()))
+    assert left_of(preload.zygote_pid()) == []
 
 
 @pytest.fixture
@@ -94,9 +97,12 @@ async def make_watched(make_supervisor: Make) -> AsyncIterator[MakeWatched]:
 
 
 def left_of(zygote: int | None) -> list[psutil.Process]:
-    """Our descendants, without the zygote itself and multiprocessing's tracker."""
-    return [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if process.pid != zygote and "resource_tracker" not in " ".join(process.cmdline())
-    ]
+    """Our living descendants, without the zygote itself and multiprocessing's tracker."""
+    return [process for process in psutil.Process().children(recursive=True) if _counts(process, zygote)]
+
+
+def _counts(process: psutil.Process, zygote: int | None) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):  # it ends just now
+        is_tracker = "resource_tracker" in " ".join(process.cmdline())
+        return process.status() != psutil.STATUS_ZOMBIE and process.pid != zygote and not is_tracker
+    return False
