@@ -62,7 +62,7 @@ def table(findings: list[Finding]) -> str:
         )
         for finding in findings
     ]
-    return tabulate(rows, headers=("", "what", "found", "what to do"))
+    return str(tabulate(rows, headers=("", "what", "found", "what to do")))
 
 
 def _versions() -> Iterator[Finding]:

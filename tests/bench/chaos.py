@@ -117,7 +117,7 @@ class Request:
     @property
     def exact(self) -> bool:
         """Whether it is greedy, so that the answer is always the same."""
-        return self.arguments["temperature"] == 0
+        return bool(self.arguments["temperature"] == 0)
 
 
 class Answer(NamedTuple):

@@ -21,6 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
+from xinf_vllm_backend.demo import OFFLINE
+
 if TYPE_CHECKING:
     from xinf_vllm_backend.engine.supervisor import EngineSupervisor
 
@@ -28,7 +30,6 @@ KV_CACHE = 256 << 20  # bytes, for every engine
 REQUESTS = 32
 TOKENS = 128
 BATCHES = 8  # one alone takes a fraction of a second
-OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
 class Engines:

@@ -17,11 +17,13 @@ import click
 import openai
 import psutil
 
-from xinf_vllm_backend.demo.cluster import Cluster, wait_until
+from xinf_vllm_backend.demo.cluster import STOCK_ON_CPU, Cluster, wait_until
 from xinf_vllm_backend.demo.tiny_model import make_tiny_model, model_registration
 
-# Without these stock does not start on a CPU host; ours needs none. No compilation, for both.
-STOCK = ("--tensor_parallel_size", "1", "--block_size", "128", "--gpu_memory_utilization", "0.2")
+from .chaos import ended
+
+STOCK = (*STOCK_ON_CPU, "--gpu_memory_utilization", "0.2")  # ours needs none
+# No compilation.
 BOTH = ("--enforce_eager", "true")
 NEVER = 45.0  # seconds after which "never" is said; a hang is found after 30
 BACK = 180.0
@@ -67,7 +69,7 @@ class Side:
 
     def no_argument(self, cluster: Cluster) -> None:
         done = cluster.launch("tiny", "-u", "none", *BOTH)
-        works = done.returncode == 0 and _within(20.0, lambda: _answers(cluster, "none")) is not None
+        works = done.returncode == 0 and _within(20.0, lambda: cluster.answers("none")) is not None
         self.said["CPU host, no engine argument"] = "serves" if works else "does not serve"
         cluster.cli("terminate", "--model-uid", "none")
         _within(30.0, lambda: not cluster.engine_processes())
@@ -76,7 +78,7 @@ class Side:
         begun = time.monotonic()
         done = cluster.launch("tiny", *self.arguments)
         exited = time.monotonic() - begun
-        wait_until(lambda: _answers(cluster), BACK, "the first answer")
+        wait_until(lambda: cluster.answers("tiny", timeout=60.0), BACK, "the first answer")
         answered = time.monotonic() - begun
         self.said["launch to first answer"] = f"{answered:.1f} s"
         self.said["`xinference launch` exits"] = f"{answered - exited:.1f} s before, status {done.returncode}"
@@ -90,12 +92,12 @@ class Side:
         notice = _notice(cluster)
         _kill(cluster.engine_processes("EngineCore"))
         self.said["EngineCore SIGKILLed while idle, no request"] = _said(_within(NEVER, notice))
-        wait_until(lambda: _answers(cluster), BACK, "an answer")
+        wait_until(lambda: cluster.answers("tiny", timeout=60.0), BACK, "an answer")
 
     def killed_under_load(self, cluster: Cluster) -> None:
         whole = _streams(cluster, TOKENS, lambda: _kill(cluster.engine_processes("EngineCore")))
         begun = time.monotonic()
-        wait_until(lambda: _answers(cluster), BACK, "an answer")
+        wait_until(lambda: cluster.answers("tiny", timeout=60.0), BACK, "an answer")
         lost = sum(tokens < TOKENS for tokens in whole)
         self.said["EngineCore SIGKILLed under load"] = (
             f"{lost} of {STREAMS} streams fail, {time.monotonic() - begun:.1f} s to the next answer"
@@ -108,7 +110,7 @@ class Side:
         self.said["EngineCore SIGSTOPped"] = _said(_within(NEVER, notice))
         with contextlib.suppress(psutil.NoSuchProcess):
             engine.send_signal(signal.SIGCONT)
-        wait_until(lambda: _answers(cluster), BACK, "an answer")
+        wait_until(lambda: cluster.answers("tiny", timeout=60.0), BACK, "an answer")
 
     def model_process_killed(self, cluster: Cluster) -> None:
         engine = cluster.engine_processes()
@@ -159,7 +161,7 @@ def _notice(cluster: Cluster) -> Callable[[], bool]:
         return sum(replica.get("deaths", 0) for replica in shown["replicas"])
 
     before = deaths()
-    return lambda: not model.is_running() or model.status() == psutil.STATUS_ZOMBIE or deaths() > before
+    return lambda: ended(model) or deaths() > before
 
 
 def _said(noticed: float | None) -> str:
@@ -182,13 +184,6 @@ def _orphans(gone: float | None, engine: list[psutil.Process]) -> str:
 def _kill(processes: list[psutil.Process]) -> None:
     for process in processes:
         process.kill()
-
-
-def _answers(cluster: Cluster, model: str = "tiny") -> bool:
-    try:
-        return bool(cluster.openai(timeout=60).completions.create(model=model, prompt="a", max_tokens=2).choices)
-    except openai.OpenAIError:
-        return False
 
 
 def _streams(cluster: Cluster, tokens: int, midway: Callable[[], None]) -> list[int]:

@@ -31,7 +31,8 @@ from typing import Any
 import click
 import psutil
 
-from xinf_vllm_backend.demo.cluster import title, wait_until
+from xinf_vllm_backend.demo import OFFLINE
+from xinf_vllm_backend.demo.cluster import processes_with, title, wait_until
 from xinf_vllm_backend.demo.tiny_model import make_tiny_model
 from xinf_vllm_backend.engine.phase import Phase
 
@@ -184,9 +185,7 @@ class Owner:
             **os.environ,
             "TMPDIR": str(self._temporary),
             "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR") or _default_inductor_cache(),
-            "HF_HUB_OFFLINE": "1",
-            "TRANSFORMERS_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
+            **OFFLINE,
             "VLLM_CPU_OMP_THREADS_BIND": f"{cpus[0]}|{cpus[-1]}",  # else two ranks want two NUMA nodes
             # setproctitle would write the title over the environment that the mark is read from.
             "SPT_NOENV": "1",
@@ -279,11 +278,7 @@ class Owner:
 
     def processes(self) -> Iterator[psutil.Process]:
         """All that run of it, itself and orphans included."""
-        for process in psutil.process_iter():
-            # Those of others refuse to be read, and one may end while it is looked at.
-            with contextlib.suppress(psutil.Error, OSError):
-                if process.environ().get(MARK) == self._mark and process.status() != psutil.STATUS_ZOMBIE:
-                    yield process
+        return processes_with(MARK, self._mark)
 
     def files(self) -> Files:
         """What there is now."""

@@ -16,15 +16,13 @@ from pathlib import Path
 import openai
 import psutil
 
-from xinf_vllm_backend.demo.cluster import Cluster, launch_arguments, wait_until
+from xinf_vllm_backend.demo.cluster import STOCK_ON_CPU, Cluster, launch_arguments
 from xinf_vllm_backend.demo.tiny_model import model_registration
 
 from .engines import KV_CACHE
 from .report import Samples
 
 BOTH = ("--enforce_eager", "true", "--kv_cache_memory_bytes", str(KV_CACHE))
-# Without these stock does not start on a CPU host; ours needs none.
-STOCK = ("--tensor_parallel_size", "1", "--block_size", "128")
 PATIENCE = 300.0  # seconds
 POLL = 0.2  # seconds
 # What ends each phase on either side: a line of the log, or (None) the creation of the EngineCore process.
@@ -62,7 +60,7 @@ class Side:
         self.name = name
         self._cluster = cluster
         self._client = cluster.openai()
-        self._arguments = BOTH if name == "ours" else (*STOCK, *BOTH)
+        self._arguments = BOTH if name == "ours" else (*STOCK_ON_CPU, *BOTH)
 
     def forget_architectures(self) -> None:
         """Remove what vLLM found out about model classes."""
@@ -114,9 +112,7 @@ class Side:
 
     def _terminate(self) -> None:
         self._cluster.cli("terminate", "--model-uid", "tiny")
-        wait_until(
-            lambda: not self._cluster.engine_processes() and not self._cluster.model_processes(), 60.0, "no process"
-        )
+        self._cluster.wait_until_unloaded()
 
 
 def _phases(

@@ -27,13 +27,13 @@ import click
 import openai
 import psutil
 
-from xinf_vllm_backend.demo.cluster import Cluster, wait_until
+from xinf_vllm_backend.demo import OFFLINE
+from xinf_vllm_backend.demo.cluster import STOCK_ON_CPU, Cluster, wait_until
 from xinf_vllm_backend.demo.tiny_model import make_tiny_model
 
 from . import report
 from .chaos import FAULTS, LAUNCH, MODEL_PROCESS, Faults, Traffic, clock, launch, references, show, table, victims
-from .engines import KV_CACHE, OFFLINE, REQUESTS, TOKENS
-from .launches import STOCK
+from .engines import KV_CACHE, REQUESTS, TOKENS
 from .report import Samples, Table
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def strike(cluster: Cluster, clients: int, fault: str, bound: float) -> dict[str
         TimeoutError: the model did not serve before it, or not all streams began.
         RuntimeError: not all streams ran at it.
     """
-    wait_until(lambda: _answers(cluster), BACK, "an answer before the fault")
+    wait_until(lambda: cluster.answers("tiny", timeout=10.0), BACK, "an answer before the fault")
     kind, how = FAULTS.get(fault, ("EngineCore", 0))  # signal 0 does nothing
     engine = cluster.engine_processes()  # before the streams: looking takes a while, and they are to run at the signal
     victim = max(victims(cluster, kind), key=psutil.Process.create_time)
@@ -182,17 +182,11 @@ def _all_running(client: OpenAI, clients: int) -> tuple[list[Stream], list[threa
     raise RuntimeError(f"{clients} streams did not run at the same time in {ATTEMPTS} attempts")
 
 
-def _answers(cluster: Cluster) -> bool:
-    with cluster.openai(timeout=10.0) as client, contextlib.suppress(openai.OpenAIError):
-        return bool(client.completions.create(model="tiny", prompt="a", max_tokens=2).choices)
-    return False
-
-
 def measure_faults(samples: Samples, model: Path, rounds: int, faults: Sequence[str]) -> None:
     for number in range(rounds):
         for side in SIDES[::-1] if number % 2 else SIDES:
             with Cluster() if side == "ours" else Cluster(extension=None) as cluster:
-                launch(cluster, model, *LAUNCH, *(OURS if side == "ours" else STOCK))
+                launch(cluster, model, *LAUNCH, *(OURS if side == "ours" else STOCK_ON_CPU))
                 for clients in CLIENTS:
                     for fault in faults:
                         _say(f"round {number + 1}, {side}: {fault}, {clients} streams")
@@ -294,7 +288,7 @@ class Server:
         """
         if not self._orders.poll(BACK):
             raise TimeoutError(f"{self.side}: nothing heard for {BACK:g} s")
-        return self._orders.recv()
+        return float(self._orders.recv())
 
     def throughput(self) -> float:
         """Tokens per second for greedy requests that come all at once."""

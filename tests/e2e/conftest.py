@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from xinf_vllm_backend.demo.cluster import Cluster, wait_until
+from xinf_vllm_backend.demo.cluster import Cluster
 from xinf_vllm_backend.demo.tiny_model import make_tiny_model, make_tiny_multimodal_model, model_registration
 
 
@@ -36,4 +36,4 @@ def tiny(cluster: Cluster) -> Iterator[subprocess.CompletedProcess[str]]:
     assert launch.returncode == 0, launch.stderr
     yield launch
     cluster.cli("terminate", "--model-uid", "tiny")  # a test may have done so already
-    wait_until(lambda: not cluster.engine_processes() + cluster.model_processes(), 5, "everything to be gone")
+    cluster.wait_until_unloaded()

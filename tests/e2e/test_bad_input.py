@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from xinf_vllm_backend.demo.cluster import Cluster, wait_until
+from xinf_vllm_backend.demo.cluster import Cluster
 from xinf_vllm_backend.demo.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.e2e
@@ -42,7 +42,7 @@ def _empty(model: Path) -> None:
         path.unlink()
 
 
-DIRECTORIES = {
+DIRECTORIES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (shutil.rmtree, r"missing File or directory does not exist"),
     "empty": (_empty, r"holds no config\.json"),
     "no-tokenizer": (_without_tokenizer, r"tokenizer"),
@@ -61,7 +61,7 @@ ARGUMENTS = {
     "weight-cache": (("--enable_weight_cache", "true"), r"enable_weight_cache is not supported"),
     "xoscar-executor": (("--xinference_vllm_executor_backend", "xoscar"), r"'xoscar' .* not supported"),
     "bad-option": (("--load_timeout", "soon"), r"load_timeout='soon' cannot be used: .*number"),
-    "too-late": (("--load_timeout", "3"), r"not ready after 3 s"),
+    "too-late": (("--load_timeout", "0.5"), r"not ready after 0.5 s"),
 }
 FAKE_VLLM = {
     "no-vllm": ("raise ImportError('none here')", r"vLLM cannot be imported"),
@@ -69,7 +69,7 @@ FAKE_VLLM = {
 }
 
 # What only the REST API takes, of features that run as upstream's: here what they need is missing.
-REST = {
+REST: dict[str, tuple[dict[str, Any], str]] = {
     "nixl": ({"_nixl_config": {"role": "prefill"}}, r"NIXL is not available"),
     "xavier": ({"enable_xavier": True, "replica": 2}, r"could not be loaded: ModuleNotFoundError: .* \(install it"),
     "wrong-type-by-rest": ({"max_num_seqs": "many"}, r"max_num_seqs='many' cannot be used"),
@@ -77,7 +77,7 @@ REST = {
 
 
 @pytest.fixture(scope="module")
-def launches(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future]]:
+def launches(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Any]]]:
     """All the bad launches, some at a time: by case, how the command line ended, or what the REST API answered."""
     bad = tmp_path_factory.mktemp("bad")
     arguments: dict[str, tuple[str, ...]] = {case: given for case, (given, _) in ARGUMENTS.items()}
@@ -103,7 +103,7 @@ CASES = {case: sentence for table in (DIRECTORIES, ARGUMENTS, FAKE_VLLM) for cas
 
 
 @pytest.mark.parametrize(("case", "sentence"), CASES.items(), ids=CASES)
-def test_the_command_line_fails_with_one_clear_sentence(
+def test_a_bad_launch_by_the_command_line_fails_with_one_clear_sentence(
     launches: dict[str, Future[subprocess.CompletedProcess[str]]], case: str, sentence: str
 ) -> None:
     launch = launches[case].result()
@@ -115,18 +115,20 @@ def test_the_command_line_fails_with_one_clear_sentence(
 
 
 @pytest.mark.parametrize("case", REST)
-def test_the_rest_api_fails_with_one_clear_sentence(launches: dict[str, Future[httpx.Response]], case: str) -> None:
+def test_a_bad_launch_by_the_rest_api_fails_with_one_clear_sentence(
+    launches: dict[str, Future[httpx.Response]], case: str
+) -> None:
     answer = launches[case].result()
     assert answer.status_code in (400, 503)
     assert re.search(REST[case][1], answer.json()["detail"]), answer.text
 
 
-def test_nothing_is_left_running_and_the_next_good_launch_works(
+def test_bad_launches_leave_nothing_running_and_the_next_good_one_works(
     cluster: Cluster, launches: dict[str, Future[Any]]
 ) -> None:
     for launch in launches.values():
         launch.result()
-    wait_until(lambda: not cluster.model_processes() + cluster.engine_processes(), 5, "all processes to be gone")
+    cluster.wait_until_unloaded()
     good = cluster.launch("tiny", "--model-uid", "good", "--enforce_eager", "true")
     assert good.returncode == 0, good.stderr
     answer = cluster.openai().completions.create(model="good", prompt="Hello", max_tokens=3)

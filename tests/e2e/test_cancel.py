@@ -14,7 +14,7 @@ from xinf_vllm_backend.engine.phase import Phase
 
 pytestmark = pytest.mark.e2e
 
-GONE = 5.0  # seconds until nothing may be left of a cancelled launch
+GONE = 60.0  # seconds; reached only by what hangs
 PHASES = [Phase.CONFIGURATION, Phase.PROCESSES, Phase.WEIGHTS, Phase.PROFILING, Phase.WARM_UP]
 
 
@@ -38,7 +38,7 @@ def test_a_cancelled_launch_leaves_nothing_and_does_not_come_back(cluster: Clust
     uid = f"cancelled-{phase.name.lower()}"
     launch_up_to(cluster, phase, uid)
     cluster.client().cancel_launch_model(uid)
-    wait_until(lambda: not cluster.engine_processes() + cluster.model_processes(), GONE, "everything to be gone")
+    cluster.wait_until_unloaded()
     assert uid not in cluster.client().list_models()
 
 

@@ -46,7 +46,7 @@ class Leaky(LogitsProcessor):
 def leaky(cluster: Cluster, tmp_path: Path) -> Iterator[Cluster]:
     """A cluster whose only model is "leaky", whose engine can be made to die of an error with a secret in its text."""
     (tmp_path / "leaky.py").write_text(LEAKY)
-    launch = {"model_name": "tiny", "model_uid": "leaky", "model_type": "LLM", "model_engine": "vLLM"}
+    launch: dict[str, Any] = {"model_name": "tiny", "model_uid": "leaky", "model_type": "LLM", "model_engine": "vLLM"}
     launch |= {"envs": {"PYTHONPATH": str(tmp_path)}, "logits_processors": ["leaky:Leaky"]}
     launch |= {"max_restarts": 0, "hang_timeout": BOUND, "enforce_eager": True}
     answer = httpx.post(f"{cluster.endpoint}/v1/models", json=launch, timeout=BOUND, trust_env=False)
@@ -57,7 +57,10 @@ def leaky(cluster: Cluster, tmp_path: Path) -> Iterator[Cluster]:
 
 
 def ask(cluster: Cluster, route: str, stream: bool) -> tuple[int, str]:
-    asked = {"chat/completions": {"messages": [{"role": "user", "content": "a"}]}, "completions": {"prompt": "a"}}
+    asked: dict[str, dict[str, Any]] = {
+        "chat/completions": {"messages": [{"role": "user", "content": "a"}]},
+        "completions": {"prompt": "a"},
+    }
     body = {"model": "leaky", "max_tokens": 20, "stream": stream, **asked[route]}
     answer = httpx.post(f"{cluster.endpoint}/v1/{route}", json=body, trust_env=False, timeout=BOUND)
     return answer.status_code, answer.text

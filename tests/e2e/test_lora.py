@@ -40,7 +40,7 @@ def complete(cluster: Cluster, lora: str | None) -> str:
     answer = cluster.openai().completions.create(
         model="adapted", prompt=PROMPT, max_tokens=40, temperature=0, extra_body=body
     )
-    return answer.choices[0].text
+    return str(answer.choices[0].text)
 
 
 def chat(cluster: Cluster, lora: str | None) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from xinf_vllm_backend.demo.cluster import Cluster, wait_until
+from xinf_vllm_backend.demo.cluster import Cluster
 from xinf_vllm_backend.demo.tiny_model import model_registration
 
 pytestmark = pytest.mark.e2e
@@ -42,7 +42,7 @@ def thinker(cluster: Cluster, tiny_model: Path) -> Iterator[Cluster]:
     assert launch.returncode == 0, launch.stderr
     yield cluster
     cluster.cli("terminate", "--model-uid", "thinker")
-    wait_until(lambda: not cluster.engine_processes() + cluster.model_processes(), 5, "everything to be gone")
+    cluster.wait_until_unloaded()
 
 
 def thought(cluster: Cluster) -> Pieces:

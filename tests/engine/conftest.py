@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 import psutil
 import pytest
+from engine_faults import FAULTS
+from streams import BOUND, Make, MakeWatched, Stream, until
 
 from xinf_vllm_backend.demo.tiny_model import make_tiny_model
 from xinf_vllm_backend.engine import preload
@@ -42,7 +45,7 @@ def environment_kept() -> Iterator[None]:
 
 
 @pytest.fixture
-async def make_supervisor(tiny_model: Path) -> AsyncIterator[Callable[..., EngineSupervisor]]:
+async def make_supervisor(tiny_model: Path) -> AsyncIterator[Make]:
     """Make an engine supervisor for the tiny model; each is stopped, and must leave no process, when the test ends."""
     supervisors: list[EngineSupervisor] = []
 
@@ -65,13 +68,41 @@ async def make_supervisor(tiny_model: Path) -> AsyncIterator[Callable[..., Engin
     yield make
     await asyncio.gather(*(asyncio.to_thread(supervisor.stop, 5) for supervisor in supervisors))
     await asyncio.sleep(0)  # vLLM closes its sockets on the loop that it served from
-    assert not left_of(preload.zygote_pid())
+    with contextlib.suppress(asyncio.TimeoutError):
+        await until(lambda: not left_of(preload.zygote_pid()))
+    assert left_of(preload.zygote_pid()) == []
+
+
+@pytest.fixture
+async def make_watched(make_supervisor: Make) -> AsyncIterator[MakeWatched]:
+    """Start an engine whose requests may bring faults along, and watch it until the test ends."""
+    watching: list[asyncio.Task[str]] = []
+    supervisors: list[EngineSupervisor] = []
+
+    async def make(**arguments: Any) -> EngineSupervisor:
+        defaults = {"logits_processors": [FAULTS], "max_restarts": 20, "restart_refill": 0.001, "hang_timeout": BOUND}
+        supervisor = make_supervisor(**{**defaults, **arguments})
+        supervisors.append(supervisor)
+        await asyncio.to_thread(supervisor.start)
+        watching.append(asyncio.ensure_future(supervisor.watch()))
+        await Stream(supervisor, max_tokens=5).end()  # it serves, or "it never did" would pass for "it died"
+        return supervisor
+
+    yield make
+    for watch in watching:
+        watch.cancel()
+    await asyncio.gather(*watching, return_exceptions=True)
+    # Killed: an orderly stop takes two seconds, and the other tests of engines have it.
+    await asyncio.gather(*(asyncio.to_thread(supervisor.stop, 0) for supervisor in supervisors))
 
 
 def left_of(zygote: int | None) -> list[psutil.Process]:
-    """Our descendants, without the zygote itself and multiprocessing's tracker."""
-    return [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if process.pid != zygote and "resource_tracker" not in " ".join(process.cmdline())
-    ]
+    """Our living descendants, without the zygote itself and multiprocessing's tracker."""
+    return [process for process in psutil.Process().children(recursive=True) if _counts(process, zygote)]
+
+
+def _counts(process: psutil.Process, zygote: int | None) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):  # it ends just now
+        is_tracker = "resource_tracker" in " ".join(process.cmdline())
+        return process.status() != psutil.STATUS_ZOMBIE and process.pid != zygote and not is_tracker
+    return False

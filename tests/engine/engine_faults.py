@@ -1,4 +1,4 @@
-"""Faults that a request brings along: a logits processor, which vLLM loads into its Worker like anybody's."""
+"""Faults that a request brings along, by a logits processor that vLLM loads into its Worker."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,13 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 
 FAULT = "fault"  # in extra_args of a request
 FAULTS = "engine_faults:Faults"
+HELD = 60.0  # seconds; reached only by a test that has failed
+
+
+def is_held(gate: Path) -> None:
+    until = time.monotonic() + HELD
+    while not gate.exists() and time.monotonic() < until:
+        time.sleep(0.001)
 
 
 def raises() -> None:
@@ -36,7 +44,7 @@ def dies(how: signal.Signals) -> None:
     os.kill(os.getpid(), how)
 
 
-ACTIONS = {
+ACTIONS: dict[str, Callable[[], object]] = {
     "raises": raises,
     "waits": waits,
     "exits": lambda: os._exit(3),
@@ -48,8 +56,8 @@ ACTIONS = {
 class Faults(LogitsProcessor):
     """Does what a request's ``extra_args["fault"]`` says, ``(action, length, file)``.
 
-    The action is taken at each step at which the prompt and the output are of that length or longer, or, if a file is
-    named, only once, which makes the file.
+    The action is taken at each step at which the prompt and the output are of that length or longer. With a file it is
+    taken only once, which makes the file; "is held" waits until somebody else makes it.
     """
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
@@ -66,16 +74,22 @@ class Faults(LogitsProcessor):
         for index, params, prompt, output in batch_update.added:
             self._faults.pop(index, None)
             if FAULT in (params.extra_args or {}):
-                action, length, once = params.extra_args[FAULT]
-                self._faults[index] = action, length, once, len(prompt or ()), output
+                action, length, file = params.extra_args[FAULT]
+                self._faults[index] = action, length, file, len(prompt or ()), output
         for one, other, _ in batch_update.moved:
             moved = {other: self._faults.pop(one, None), one: self._faults.pop(other, None)}
             self._faults.update({index: fault for index, fault in moved.items() if fault is not None})
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        for action, length, once, prompt, output in self._faults.values():
-            if prompt + len(output) >= length and not (once and Path(once).exists()):
-                if once:
-                    Path(once).touch()
-                ACTIONS[action]()
+        for action, length, file, prompt, output in self._faults.values():
+            if prompt + len(output) >= length:
+                self._act(action, file)
         return logits + torch.arange(logits.shape[-1]) * 1e-4  # no two are the likeliest, so that top_k=1 is one
+
+    def _act(self, action: str, file: str) -> None:
+        if action == "is held":
+            is_held(Path(file))
+        elif not (file and Path(file).exists()):
+            if file:
+                Path(file).touch()
+            ACTIONS[action]()

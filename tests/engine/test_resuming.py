@@ -84,7 +84,7 @@ def test_the_prompt_grows_by_what_was_given_and_the_rest_shrinks() -> None:
     assert (asked.sampling_params.max_tokens, asked.sampling_params.prompt_logprobs) == (10, 2)
 
 
-def test_what_was_given_nothing_begins_again_as_it_was_asked() -> None:
+def test_a_request_that_was_given_nothing_begins_again_as_it_was_asked() -> None:
     asked = request(seed=1, frequency_penalty=1.0)
     assert resuming.continuation(asked, [], True) is asked
     assert resuming.inexact(asked, []) is None
@@ -151,7 +151,7 @@ def test_a_grammar_is_told_how_far_it_came() -> None:
         resuming.continuation(asked, [4, 5], False)
 
 
-def test_what_only_the_dead_engine_had_cannot_be_sent_again() -> None:
+def test_multimodal_input_that_only_the_dead_engine_had_cannot_be_sent_again() -> None:
     from types import SimpleNamespace
 
     asked = request(mm_features=[SimpleNamespace(data=None)])
@@ -159,7 +159,7 @@ def test_what_only_the_dead_engine_had_cannot_be_sent_again() -> None:
         resuming.continuation(asked, [], True)
 
 
-def test_what_cannot_be_continued_says_so() -> None:
+def test_a_request_that_cannot_be_continued_is_refused_with_the_reason() -> None:
     asked = request()
     asked.prompt_embeds = True
     assert resuming.continuation(asked, [], True) is asked

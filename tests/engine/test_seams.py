@@ -26,7 +26,7 @@ pytestmark = pytest.mark.engine
 
 
 @pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.name)
-def test_the_seam_is_there(seam: Seam) -> None:
+def test_the_installed_vllm_has_the_seam(seam: Seam) -> None:
     assert seam.present()
 
 

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import re
 import signal
 import tempfile
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from streams import BOUND, Make, until, victim
 
-from xinf_vllm_backend.engine import preload
+from xinf_vllm_backend.engine import preload, processes
 from xinf_vllm_backend.engine.phase import Phase
 from xinf_vllm_backend.engine.supervisor import EngineSupervisor
 from xinf_vllm_backend.errors import EngineStartTimeoutError, EngineStoppedError
 from xinf_vllm_backend.process.launch_lock import DeviceLocks
 
 pytestmark = pytest.mark.engine
-
-Make = Callable[..., EngineSupervisor]
-NOTICED = 2.0  # seconds
 
 
 async def generate(supervisor: EngineSupervisor, tokens: int) -> Any:
@@ -33,11 +32,6 @@ async def generate(supervisor: EngineSupervisor, tokens: int) -> Any:
     async for output in supervisor.generate("The keeper", SamplingParams(max_tokens=tokens, temperature=0), "request"):
         last = output
     return last
-
-
-async def until_dead(supervisor: EngineSupervisor) -> None:
-    while not supervisor.is_dead():
-        await asyncio.sleep(0.01)
 
 
 async def test_two_ranks_serve_and_die_with_a_reason(make_supervisor: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,10 +49,10 @@ async def test_two_ranks_serve_and_die_with_a_reason(make_supervisor: Make, monk
     assert len((await generate(supervisor, 5)).outputs[0].token_ids) == 5
     assert not supervisor.is_dead()
 
-    victim = next(process["pid"] for process in supervisor.processes() if process["title"] == "VLLM::Worker_TP1")
-    os.kill(victim, signal.SIGKILL)
-    await asyncio.wait_for(until_dead(supervisor), NOTICED)
-    assert f"VllmWorker-1 (pid {victim}) was killed by SIGKILL" in await asyncio.to_thread(supervisor.death)
+    killed = victim(supervisor, "VLLM::Worker_TP1")
+    os.kill(killed, signal.SIGKILL)
+    await until(supervisor.is_dead)
+    assert f"VllmWorker-1 (pid {killed}) was killed by SIGKILL" in await asyncio.to_thread(supervisor.death)
 
 
 async def test_engines_start_side_by_side_each_with_its_own_environment(
@@ -100,24 +94,27 @@ async def test_a_launch_does_not_wait_for_the_handshake_of_another(
     def held_up(*args: Any, **kwargs: Any) -> Any:
         if not in_handshake.is_set():
             in_handshake.set()
-            assert go_on.wait(60)
+            assert go_on.wait(2 * BOUND)
         return handshake(*args, **kwargs)
 
     monkeypatch.setattr(utils, "wait_for_engine_startup", held_up)
     first = asyncio.create_task(asyncio.to_thread(make_supervisor().start))
-    assert await asyncio.to_thread(in_handshake.wait, 60)
+    assert await asyncio.to_thread(in_handshake.wait, BOUND)
 
     second = make_supervisor(lambda phase: phase is Phase.READY and loop.call_soon_threadsafe(second_spawned.set))
-    await asyncio.wait_for(asyncio.to_thread(second.start), 60)  # it needs the lock, and gets it
+    await asyncio.wait_for(asyncio.to_thread(second.start), BOUND)  # it needs the lock, and gets it
     assert not first.done()
     go_on.set()
-    await asyncio.wait_for(first, 60)
+    await asyncio.wait_for(first, BOUND)
 
 
-async def test_a_launch_whose_device_is_held_says_by_whom(make_supervisor: Make, tmp_path: Path) -> None:
+async def test_a_launch_whose_device_is_held_says_by_whom(
+    make_supervisor: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "LOCK_MARGIN", BOUND)  # it has as long to say so
     held = DeviceLocks(["test-device"], "another")
     held.acquire(1, threading.Event())
-    supervisor = make_supervisor(device_locks="test-device", load_timeout=1.5)
+    supervisor = make_supervisor(device_locks="test-device", load_timeout=BOUND + 0.5)
     with (
         held,
         pytest.raises(EngineStartTimeoutError, match=rf"test-device, held by another \(pid {os.getpid()}, since"),
@@ -126,17 +123,31 @@ async def test_a_launch_whose_device_is_held_says_by_whom(make_supervisor: Make,
     await asyncio.to_thread(make_supervisor(device_locks="test-device").start)  # it was let go
 
 
+def shared_memory(supervisor: EngineSupervisor) -> set[Path]:
+    """What the processes of an engine use of it; others may run engines here too."""
+    maps = "".join(Path(f"/proc/{process['pid']}/maps").read_text() for process in supervisor.processes())
+    return {path for path in map(Path, re.findall(r"/dev/shm/\S+", maps)) if path.exists()}
+
+
+def marked(mark: str) -> list[Path]:
+    """What bears the mark of an engine in shared memory and in the directory for temporary files."""
+    return [path for place in ("/dev/shm", tempfile.gettempdir()) for path in Path(place).glob(f"*{mark}*")]
+
+
 async def test_a_killed_engine_leaves_no_file_behind(make_supervisor: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if (os.cpu_count() or 1) > 1 else "0|0")
-    before = files()
     supervisor = make_supervisor(tensor_parallel_size=2)
     await asyncio.to_thread(supervisor.start)
-    assert [path for path in files() - before if "cpushm" in path]  # the names that ranks on a CPU make
+    used = shared_memory(supervisor)
+    assert [path for path in used if "cpushm" in path.name]  # the names that ranks on a CPU make
+    (mark,) = {found[0] for path in used if (found := re.search(r"xvllm[0-9a-f]{8}", path.name))}
+    assert marked(mark)
     for process in supervisor.processes():
-        os.kill(process["pid"], signal.SIGKILL)
-    await asyncio.wait_for(until_dead(supervisor), NOTICED)
+        with contextlib.suppress(ProcessLookupError):  # it ended with those before it
+            os.kill(process["pid"], signal.SIGKILL)
+    await until(supervisor.is_dead)
     await asyncio.to_thread(supervisor.stop, 5)
-    assert files() - before == set()
+    await until(lambda: not [path for path in used if path.exists()] + marked(mark))
 
 
 async def test_a_spawned_engine_answers_as_one_of_the_zygote(make_supervisor: Make) -> None:
@@ -149,27 +160,22 @@ async def test_a_spawned_engine_answers_as_one_of_the_zygote(make_supervisor: Ma
     assert texts[0] == texts[1]
 
 
-def files() -> set[str]:
-    return {str(path) for place in ("/dev/shm", tempfile.gettempdir()) for path in Path(place).glob("*xvllm*")} | {
-        str(path) for path in Path("/dev/shm").iterdir()
-    }
-
-
 async def test_a_stop_while_it_starts_ends_the_start_and_leaves_nothing(
     make_supervisor: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))  # so that the architecture is inspected anew, in a child
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))  # so that the architecture is inspected again, in a child
     started = asyncio.Event()
     loop = asyncio.get_running_loop()
     supervisor = make_supervisor(
         lambda phase: phase is Phase.PROCESSES and loop.call_soon_threadsafe(started.set), method="spawn"
     )
     start = asyncio.create_task(asyncio.to_thread(supervisor.start))
-    await asyncio.wait_for(started.wait(), 120)
-    (engine_core,) = supervisor.processes()
-    member_stop = asyncio.create_task(asyncio.to_thread(supervisor.stop, 5))
+    await asyncio.wait_for(started.wait(), 2 * BOUND)
+    begun = supervisor.processes()
+    assert begun
+    stop = asyncio.create_task(asyncio.to_thread(supervisor.stop, 5))
     with pytest.raises(EngineStoppedError, match="stopped while it was starting"):
-        await asyncio.wait_for(start, 30)
-    await asyncio.wait_for(member_stop, 30)
-    assert not psutil.pid_exists(engine_core["pid"])
+        await asyncio.wait_for(start, BOUND)
+    await asyncio.wait_for(stop, BOUND)
+    assert not [process for process in begun if psutil.pid_exists(process["pid"])]
     await asyncio.to_thread(supervisor.stop, 5)  # again, from a state in which nothing is left to do

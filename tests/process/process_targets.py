@@ -161,9 +161,12 @@ def do_while_a_child_runs(end: Connection, child_end: Connection, question: str)
     assert becomes(lambda: any(thread.name == f"{child.name}-exit" for thread in threading.enumerate()))
     end.send("asking")
     end.recv()
-    {"is_alive": child.is_alive, "exitcode": lambda: child.exitcode, "start": lambda: started_by_child(do_nothing)}[
-        question
-    ]()
+    questions: dict[str, Callable[[], object]] = {
+        "is_alive": child.is_alive,
+        "exitcode": lambda: child.exitcode,
+        "start": lambda: started_by_child(do_nothing),
+    }
+    questions[question]()
     end.send("answered")
 
 

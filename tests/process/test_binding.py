@@ -80,8 +80,8 @@ def family(family_of: Callable[..., Family]) -> Family:
     return family
 
 
-class TestAHealthyFamilyLives:
-    def test_everyone_answers_while_the_owner_lives(self, family: Family) -> None:
+class TestBoundProcesses:
+    def test_bound_processes_answer_while_the_owner_lives(self, family: Family) -> None:
         # Else a design in which nobody ever runs would satisfy every assertion below.
         assert all(answers(end) for end in (family.owner_end, family.child_end, family.grandchild_end))
 
@@ -113,7 +113,9 @@ class TestNobodyOutlivesTheOwner:
         family.owner.kill()
         assert family.descendants_are_gone()
 
-    def test_also_when_the_child_is_stopped(self, family_of: Callable[..., Family]) -> None:
+    def test_no_process_outlives_an_owner_also_when_the_child_is_stopped(
+        self, family_of: Callable[..., Family]
+    ) -> None:
         family = family_of(stop_child=True)
         receive(family.child_end)
         receive(family.grandchild_end)
@@ -122,7 +124,9 @@ class TestNobodyOutlivesTheOwner:
         family.owner.kill()
         assert family.descendants_are_gone()
 
-    def test_also_when_the_grandchild_is_stopped(self, family_of: Callable[..., Family]) -> None:
+    def test_no_process_outlives_an_owner_also_when_the_grandchild_is_stopped(
+        self, family_of: Callable[..., Family]
+    ) -> None:
         family = family_of(targets.live_with_stopped_child)
         receive(family.grandchild_end)
         family.child_end.send("stop the grandchild")
@@ -130,7 +134,9 @@ class TestNobodyOutlivesTheOwner:
         family.owner.kill()
         assert family.descendants_are_gone()
 
-    def test_also_when_the_child_never_lets_go_of_the_interpreter_lock(self, family_of: Callable[..., Family]) -> None:
+    def test_no_process_outlives_an_owner_also_when_the_child_holds_the_interpreter_lock(
+        self, family_of: Callable[..., Family]
+    ) -> None:
         family = family_of(targets.hold_the_interpreter_lock)
         receive(family.child_end)  # said while it holds the lock
         receive(family.grandchild_end)
@@ -157,7 +163,7 @@ class TestNobodyOutlivesTheOwner:
         gate.close()
 
 
-class TestNobodyOutlivesTheChild:
+class TestDeathOfTheChild:
     def test_a_killed_child_takes_the_grandchild_with_it_and_leaves_the_owner(self, family_of: Any) -> None:
         family = family_of()
         receive(family.owner_end)
@@ -168,7 +174,7 @@ class TestNobodyOutlivesTheChild:
         assert is_closed(family.grandchild_end)
         assert answers(family.owner_end)
 
-    def test_families_do_not_hang_together(self, family_of: Callable[..., Family]) -> None:
+    def test_the_death_of_one_family_leaves_another_alone(self, family_of: Callable[..., Family]) -> None:
         # A pipe end that leaks into the other family would keep this one alive.
         first, second = family_of(), family_of()
         for family in (first, second):

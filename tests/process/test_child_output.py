@@ -17,7 +17,9 @@ from xinf_vllm_backend.process.context import EngineContext, EngineProcess
 from xinf_vllm_backend.process.output import MAX_LINES, OutputTail
 
 
-def run(target: Callable[..., None], *arguments: Any, on_report: Callable[[str], None] | None = None) -> list[str]:
+def run(
+    target: Callable[..., None], *arguments: Any, on_report: Callable[[str], None] = lambda report: None
+) -> list[str]:
     """Run ``target`` in a child to its end; returns what is left of its output."""
     tail = OutputTail()
     context = EngineContext({}, targets.own_children_are_bound_too, tail=tail, on_report=on_report)
@@ -28,9 +30,9 @@ def run(target: Callable[..., None], *arguments: Any, on_report: Callable[[str],
     return tail.lines()
 
 
-class TestTheLastLines:
+class TestLastLines:
     @pytest.mark.parametrize("how", ["returning", "status 3", "os._exit", "SIGKILL", "SIGSEGV", "abort"])
-    def test_are_there_however_the_child_ended(self, how: str) -> None:
+    def test_the_last_lines_are_there_however_the_child_ended(self, how: str) -> None:
         assert run(targets.print_and_end_by, how, 1) == [
             "line 0 of stdout",
             "the last of stdout",
@@ -38,7 +40,7 @@ class TestTheLastLines:
             "the last of C",
         ]
 
-    def test_are_there_of_more_output_than_a_pipe_takes(self) -> None:
+    def test_the_last_lines_are_there_of_more_output_than_a_pipe_takes(self) -> None:
         lines = run(targets.print_and_end_by, "SIGKILL", 10_000)  # 190 KB
         assert len(lines) == MAX_LINES
         assert lines[-4:] == ["line 9999 of stdout", "the last of stdout", "the last of stderr", "the last of C"]
@@ -52,15 +54,15 @@ class TestTheLastLines:
         assert lines == ["line 0 of stdout", "the last of stdout", "the last of stderr", "the last of C"]
         assert re.fullmatch(r"EngineProcess-\S+ \(pid \d+\) was killed by SIGKILL.*", end)
 
-    def test_do_not_speak_of_a_grandchild_that_ended_well(self) -> None:
+    def test_the_last_lines_do_not_speak_of_a_grandchild_that_ended_well(self) -> None:
         assert run(targets.print_in_a_child_and_end_that_by, "returning")[-1] == "the last of C"
 
-    def test_hold_the_traceback_of_an_exception(self) -> None:
+    def test_the_last_lines_hold_the_traceback_of_an_exception(self) -> None:
         first, *_, last = run(targets.fail_with_cause)
         assert first == "Process EngineCore:"
         assert last == "ValueError: there is no such model"
 
-    def test_say_it_when_the_target_cannot_be_unpickled(self) -> None:
+    def test_the_last_lines_say_it_when_the_target_cannot_be_unpickled(self) -> None:
         *_, last = run(targets.do_nothing, targets.FailsToUnpickle())
         assert last == "ModuleNotFoundError: No module named 'only_here'"
 
@@ -90,7 +92,7 @@ class TestAwaitingTheOutput:
         EngineContext({}, tail=OutputTail()).await_output(TIMEOUT)
 
 
-class TestHowAChildEndedWhoseOutputNobodyReads:
+class TestExitOfAnUnreadChild:
     @staticmethod
     def ended() -> EngineProcess:
         process = EngineContext({}).Process(target=targets.end_by, args=("SIGKILL",), name="VllmWorker-0")
@@ -119,7 +121,7 @@ class TestTheOutput:
         ]
         assert out == ""
 
-    def test_comes_while_the_child_runs(self, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_the_output_comes_while_the_child_runs(self, capfd: pytest.CaptureFixture[str]) -> None:
         read_stderr, write_stderr = os.pipe()
         saved = os.dup(2)
         os.dup2(write_stderr, 2)
@@ -170,18 +172,18 @@ class TestReports:
         run(targets.report_with_a_child, on_report=heard.append)
         assert heard == ["the child before", "the grandchild", "the child after"]
 
-    def test_are_all_heard_also_when_there_are_many(self) -> None:
+    def test_reports_are_all_heard_also_when_there_are_many(self) -> None:
         heard: list[str] = []
         messages = [f"{number} {'x' * 100}" for number in range(2000)]  # 200 KB
         run(targets.report_all, messages, on_report=heard.append)
         assert heard == messages
 
-    def test_are_not_mixed_with_the_output(self) -> None:
+    def test_reports_are_not_mixed_with_the_output(self) -> None:
         heard: list[str] = []
         assert run(targets.report_all, ["weights"], on_report=heard.append) == []
         assert heard == ["weights"]
 
-    def test_are_no_reason_to_fail_where_nobody_asked_for_them(self) -> None:
+    def test_reports_are_no_reason_to_fail_where_nobody_asked_for_them(self) -> None:
         process = EngineContext({}).Process(target=targets.report_all, args=(["weights"],))
         process.start()
         assert exit_code(process) == 0

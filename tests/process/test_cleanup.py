@@ -48,11 +48,11 @@ def left(cleanup: Cleanup) -> list[str]:
     return targets.marked(cleanup.mark) + [str(path) for path in cleanup.directory.parent.glob(cleanup.mark)]
 
 
-class TestWhatBearsTheMark:
+class TestMark:
     @pytest.mark.parametrize("forked", [False, True], ids=["spawned", "forked"])
     def test_mark_is_in_the_names_of_segments_and_locks(self, cleanup: Cleanup, forked: bool) -> None:
         zygote = targets.make_zygote() if forked else None
-        holder = Holder(cleanup, zygote and zygote.client)
+        holder = Holder(cleanup, zygote.client if zygote is not None else None)
         lock, segment = holder.names
         assert re.fullmatch(rf"sem\.{cleanup.mark}-\w+", lock)
         assert re.fullmatch(rf"{cleanup.mark}-\w+", segment)
@@ -89,7 +89,7 @@ class TestTheDirectory:
         assert stat.S_IMODE(cleanup.directory.stat().st_mode) == 0o700
 
     @pytest.mark.parametrize(("length", "is_used"), [(LONGEST_BASE, True), (LONGEST_BASE + 1, False)])
-    def test_can_hold_a_socket_also_where_the_place_for_files_has_a_long_name(
+    def test_the_directory_can_hold_a_socket_also_where_the_place_for_files_has_a_long_name(
         self, monkeypatch: pytest.MonkeyPatch, length: int, is_used: bool
     ) -> None:
         with tempfile.TemporaryDirectory(dir="/tmp") as parent:
@@ -115,8 +115,8 @@ class TestTheDirectory:
         assert base.exists()
 
 
-class TestAllIsGone:
-    def test_when_the_last_process_was_killed_and_we_let_go(self, cleanup: Cleanup) -> None:
+class TestRemoval:
+    def test_all_is_removed_when_the_last_process_was_killed_and_we_let_go(self, cleanup: Cleanup) -> None:
         holder = Holder(cleanup)
         with socket.socket(socket.AF_UNIX) as server:
             server.bind(str(cleanup.directory / "socket"))
@@ -125,7 +125,7 @@ class TestAllIsGone:
         cleanup.remove(TIMEOUT)
         assert left(cleanup) == []
 
-    def test_when_all_were_killed_and_nobody_is_left_to_let_go(self) -> None:
+    def test_all_is_removed_when_all_were_killed_and_nobody_is_left_to_let_go(self) -> None:
         end, far = Pipe()
         owner = plain.Process(target=targets.own_cleanup, args=(far,))
         owner.start()
@@ -148,7 +148,7 @@ class TestAllIsGone:
         cleanup.remove(TIMEOUT)
         assert left(cleanup) == []
 
-    def test_however_often_it_is_removed(self, cleanup: Cleanup) -> None:
+    def test_all_is_removed_however_often_it_is_removed(self, cleanup: Cleanup) -> None:
         for _ in range(3):
             cleanup.remove(TIMEOUT)
             assert left(cleanup) == []
@@ -173,8 +173,8 @@ class TestAllIsGone:
         assert (owner.returncode, owner.stdout, owner.stderr) == (0, "", "")
 
 
-class TestWhereNobodyCanRemoveIt:
-    def test_it_is_said_once_and_nothing_is_marked(
+class TestWithoutJanitor:
+    def test_without_a_janitor_one_warning_is_logged_and_nothing_is_marked(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
     ) -> None:
         monkeypatch.setattr(cleanup_module.subprocess, "Popen", _no_shell)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import threading
@@ -45,32 +46,32 @@ def gate(tmp_path: Path) -> Iterator[blocking_at_import.Gate]:
     gate.close()
 
 
-class TestAChildSeesItsEnvironmentFirst:
-    def test_its_target_finds_the_variables_set(self) -> None:
+class TestEnvironmentOfTheChild:
+    def test_the_target_of_a_child_finds_its_variables_set(self) -> None:
         assert told(EngineContext({VARIABLE: "mine"}), targets.tell_variable, VARIABLE) == "mine"
 
-    def test_the_module_of_its_target_is_imported_with_the_variables_set(self) -> None:
+    def test_the_module_of_the_target_is_imported_with_the_variables_set(self) -> None:
         assert VARIABLE not in imported_in_child.ENVIRONMENT  # here it was imported without
         context = EngineContext({VARIABLE: "mine"})
         assert told(context, imported_in_child.tell_variable_at_import, VARIABLE) == "mine"
 
-    def test_what_is_inherited_stays_and_what_is_given_wins(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_inherited_variables_stay_and_given_ones_win(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(VARIABLE, "inherited")
         assert told(EngineContext({}), targets.tell_variable, VARIABLE) == "inherited"
         assert told(EngineContext({VARIABLE: "given"}), targets.tell_variable, VARIABLE) == "given"
 
-    def test_later_changes_of_the_mapping_do_not_matter(self) -> None:
+    def test_later_changes_of_the_mapping_do_not_reach_the_child(self) -> None:
         environment = {VARIABLE: "mine"}
         context = EngineContext(environment)
         environment[VARIABLE] = "changed"
         assert told(context, targets.tell_variable, VARIABLE) == "mine"
 
-    def test_its_initializer_runs_before_its_target(self) -> None:
+    def test_the_initializer_of_a_child_runs_before_its_target(self) -> None:
         assert told(EngineContext({}), targets.tell_whether_initialized) is False
         assert told(EngineContext({}, targets.initialize), targets.tell_whether_initialized) is True
 
 
-class TestTheEnvironmentOfTheParent:
+class TestEnvironmentOfTheParent:
     @pytest.fixture
     def changes(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         """The names of the variables that are set or deleted in this process, in whichever thread."""
@@ -86,12 +87,14 @@ class TestTheEnvironmentOfTheParent:
             monkeypatch.setattr(os._Environ, method, recorded)
         return changes
 
-    def test_would_be_seen_to_change(self, changes: list[str]) -> None:
+    def test_the_environment_of_the_parent_would_be_seen_to_change(self, changes: list[str]) -> None:
         os.environ[VARIABLE] = "mine"
         del os.environ[VARIABLE]
         assert changes == [VARIABLE, VARIABLE]
 
-    def test_is_the_same_before_during_and_after_a_launch(self, changes: list[str]) -> None:
+    def test_the_environment_of_the_parent_is_the_same_before_during_and_after_a_launch(
+        self, changes: list[str]
+    ) -> None:
         before = dict(os.environ)
         near, far = Pipe()
         process = started(EngineContext({VARIABLE: "mine"}), targets.tell_variable_when_asked, far, VARIABLE)
@@ -104,7 +107,7 @@ class TestTheEnvironmentOfTheParent:
         assert changes == []
         near.close()
 
-    def test_is_the_same_with_eight_launches_at_once_of_which_each_sees_its_own(self, changes: list[str]) -> None:
+    def test_the_environment_of_the_parent_is_the_same_with_eight_launches_at_once(self, changes: list[str]) -> None:
         before = dict(os.environ)
         count = 8
         all_are_here = threading.Barrier(count, timeout=TIMEOUT)
@@ -124,7 +127,7 @@ class TestTheEnvironmentOfTheParent:
             answers_of[number] = value, told(context, targets.tell_variable, other)
             near.close()
 
-        join([on_thread(lambda number=number: launch(number)) for number in range(count)])
+        join([on_thread(functools.partial(launch, number)) for number in range(count)])
         assert answers_of == {number: (str(number), None) for number in range(count)}
         assert dict(os.environ) == before
         assert changes == []
@@ -245,16 +248,16 @@ class TestAnExitCode:
             ("abort", -signal.SIGABRT),
         ],
     )
-    def test_says_how_the_child_ended(self, how: str, code: int) -> None:
+    def test_the_exit_code_says_how_the_child_ended(self, how: str, code: int) -> None:
         assert exit_code(started(EngineContext({}, tail=OutputTail()), targets.end_by, how)) == code
         all_output_is_read()
 
 
-class TestWhatMultiprocessingHandsOver:
+class TestArguments:
     @pytest.mark.parametrize(
         "target", [targets.use_all, targets.use_all_in_a_child], ids=["to a child", "to a grandchild"]
     )
-    def test_works_inside_the_nested_arguments(self, target: Callable[..., None]) -> None:
+    def test_locks_queues_and_pipes_work_inside_the_nested_arguments(self, target: Callable[..., None]) -> None:
         context = EngineContext({}, targets.own_children_are_bound_too)
         assert_all_reach(context, target)
 
@@ -281,8 +284,8 @@ class TestWhatMultiprocessingHandsOver:
         near.close()
 
 
-class TestASealedContext:
-    def test_starts_nothing_and_says_why_in_one_sentence(self) -> None:
+class TestSealedContext:
+    def test_a_sealed_context_starts_nothing_and_says_why_in_one_sentence(self) -> None:
         context = EngineContext({}, tail=OutputTail())
         context.seal()
         process = context.Process(target=targets.do_nothing, name="EngineCore")
@@ -291,7 +294,7 @@ class TestASealedContext:
         assert caught.value.args == ("EngineCore was not started: the engine is being stopped",)
         assert context.children == []
 
-    def test_leaves_no_file_and_no_thread_behind(self) -> None:
+    def test_a_sealed_context_leaves_no_file_and_no_thread_behind(self) -> None:
         context = EngineContext({}, tail=OutputTail())
         context.seal()
         files, threads = open_files(), set(threading.enumerate())
@@ -301,7 +304,7 @@ class TestASealedContext:
         assert set(threading.enumerate()) == threads
         assert caught.value.__traceback__ is not None
 
-    def test_keeps_those_that_were_started_before(self) -> None:
+    def test_a_sealed_context_keeps_those_that_were_started_before(self) -> None:
         context = EngineContext({})
         near, far = Pipe()
         process = started(context, targets.echo, far)
@@ -311,7 +314,7 @@ class TestASealedContext:
         near.close()
         assert exit_code(process) == 0
 
-    def test_knows_every_child_that_a_thread_started_before_it_was_sealed(self) -> None:
+    def test_a_sealed_context_knows_every_child_that_a_thread_started_before_it_was_sealed(self) -> None:
         # Whoever stops an engine kills what is in ``children`` then: a start in flight must not slip through.
         started_now, go_on = threading.Event(), threading.Event()
 
@@ -331,8 +334,8 @@ class TestASealedContext:
         assert exit_code(child) == 0
 
 
-class TestWhoListens:
-    def test_hears_the_name_of_each_child_that_was_started(self) -> None:
+class TestListener:
+    def test_a_listener_hears_the_name_of_each_child_that_was_started(self) -> None:
         heard: list[str] = []
         context = EngineContext({}, on_start=heard.append)
         children = [context.Process(target=targets.do_nothing, name=name) for name in ("first", "second")]
@@ -344,7 +347,7 @@ class TestWhoListens:
         assert [exit_code(child) for child in children] == [0, 0]
 
 
-class TestAContextAnswersLikeMultiprocessing:
+class TestLikeMultiprocessing:
     @pytest.mark.parametrize("method", [None, "fork", "spawn", "forkserver"])
     def test_context_is_its_own_for_every_start_method(self, method: str | None) -> None:
         context = EngineContext({})

@@ -78,14 +78,14 @@ def enter(threads: ThreadPoolExecutor, lock: LaunchLock) -> Callable[[str], tupl
 Enter = Callable[[str], tuple["Future[Hold]", Cancelled]]
 
 
-class TestTheLaunchLock:
-    def test_is_one_for_the_whole_process(self) -> None:
+class TestLaunchLock:
+    def test_the_launch_lock_is_one_for_the_whole_process(self) -> None:
         assert isinstance(launch_lock, LaunchLock)
         assert module.launch_lock is launch_lock
         with launch_lock.hold("a", 0, NEVER), pytest.raises(EngineStartTimeoutError):
             module.launch_lock.hold("b", 0, NEVER)
 
-    def test_lets_the_second_launch_in_while_the_first_is_in_its_handshake(
+    def test_the_launch_lock_lets_the_second_launch_in_while_the_first_is_in_its_handshake(
         self, lock: LaunchLock, threads: ThreadPoolExecutor
     ) -> None:
         """The handshake of the first ends only when the second has spawned: with a lock held until READY, never."""
@@ -114,20 +114,22 @@ class TestTheLaunchLock:
         first.result(TIMEOUT)
         second.result(TIMEOUT)
 
-    def test_wakes_the_next_at_once(self, lock: LaunchLock, enter: Enter, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_launch_lock_wakes_the_next_at_once(
+        self, lock: LaunchLock, enter: Enter, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(module, "POLL", 2 * TIMEOUT)
         with lock.hold("first", 0, NEVER):
             second, _ = enter("second")
         second.result(TIMEOUT / 2).release()
 
-    def test_counts_as_held_from_when_it_was_got(self, lock: LaunchLock, enter: Enter) -> None:
+    def test_the_launch_lock_counts_as_held_from_when_it_was_got(self, lock: LaunchLock, enter: Enter) -> None:
         first = lock.hold("first", 0, NEVER)
         second, _ = enter("second")
         released_at = time.monotonic()
         first.release()
         assert second.result(TIMEOUT).since >= released_at
 
-    def test_is_given_in_the_order_of_arrival(self, lock: LaunchLock, enter: Enter) -> None:
+    def test_the_launch_lock_is_given_in_the_order_of_arrival(self, lock: LaunchLock, enter: Enter) -> None:
         first = lock.hold("first", 0, NEVER)
         waiting = [enter(f"launch {number}")[0] for number in range(4)]
         first.release()
@@ -136,12 +138,12 @@ class TestTheLaunchLock:
             assert not any(later.done() for later in waiting[number + 1 :])
             hold.release()
 
-    def test_is_released_by_any_thread(self, lock: LaunchLock, threads: ThreadPoolExecutor) -> None:
+    def test_the_launch_lock_is_released_by_any_thread(self, lock: LaunchLock, threads: ThreadPoolExecutor) -> None:
         hold = lock.hold("first", 0, NEVER)
         threads.submit(hold.release).result(TIMEOUT)
         lock.hold("second", 0, NEVER).release()
 
-    def test_stays_with_the_next_when_it_is_released_twice(self, lock: LaunchLock) -> None:
+    def test_the_launch_lock_stays_with_the_next_when_it_is_released_twice(self, lock: LaunchLock) -> None:
         with lock.hold("first", 0, NEVER) as first:
             first.release()
             second = lock.hold("second", 0, NEVER)
@@ -150,14 +152,16 @@ class TestTheLaunchLock:
             lock.hold("third", 0, NEVER)
         second.release()
 
-    def test_is_released_when_the_launch_fails(self, lock: LaunchLock) -> None:
+    def test_the_launch_lock_is_released_when_the_launch_fails(self, lock: LaunchLock) -> None:
         with pytest.raises(ZeroDivisionError), lock.hold("first", 0, NEVER):
             raise ZeroDivisionError
         lock.hold("second", 0, NEVER).release()
 
 
-class TestALaunchThatDoesNotGetTheLaunchLock:
-    def test_says_who_has_it(self, lock: LaunchLock, monkeypatch: pytest.MonkeyPatch) -> None:
+class TestRefusedLaunchLock:
+    def test_a_launch_without_the_launch_lock_says_who_has_it(
+        self, lock: LaunchLock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         hold = lock.hold("llama-0", 0, NEVER)
         monkeypatch.setattr(hold, "since", hold.since - 42)
         with pytest.raises(EngineStartTimeoutError) as caught:
@@ -167,14 +171,16 @@ class TestALaunchThatDoesNotGetTheLaunchLock:
             "stop that launch or allow this one more time.",
         )
 
-    def test_is_out_of_the_queue(self, lock: LaunchLock) -> None:
+    def test_a_launch_without_the_launch_lock_is_out_of_the_queue(self, lock: LaunchLock) -> None:
         first = lock.hold("first", 0, NEVER)
         with pytest.raises(EngineStartTimeoutError):
             lock.hold("second", 0.01, NEVER)
         first.release()
         lock.hold("third", 0, NEVER).release()
 
-    def test_gives_up_when_it_is_stopped(self, lock: LaunchLock, enter: Enter) -> None:
+    def test_a_launch_that_waits_for_the_launch_lock_gives_up_when_it_is_stopped(
+        self, lock: LaunchLock, enter: Enter
+    ) -> None:
         with lock.hold("first", 0, NEVER):
             second, cancelled = enter("second")
             third, _ = enter("third")
@@ -184,7 +190,7 @@ class TestALaunchThatDoesNotGetTheLaunchLock:
             assert not third.done()
         third.result(TIMEOUT).release()
 
-    def test_does_not_begin_when_it_was_stopped_before(self, lock: LaunchLock) -> None:
+    def test_a_launch_that_was_stopped_before_does_not_take_the_launch_lock(self, lock: LaunchLock) -> None:
         cancelled = threading.Event()
         cancelled.set()
         with pytest.raises(EngineStoppedError):
@@ -226,7 +232,9 @@ def held_without_a_note(device: str, directory: Path) -> Iterator[None]:
 
 
 class TestDeviceLocks:
-    def test_keep_others_from_the_device_until_they_are_released(self, locks: Locks, directory: Path) -> None:
+    def test_device_locks_keep_others_from_the_device_until_they_are_released(
+        self, locks: Locks, directory: Path
+    ) -> None:
         """Others in this process too: two engines of one model process may share a device."""
         mine = locks("0", "1")
         mine.acquire(0, NEVER)
@@ -237,13 +245,15 @@ class TestDeviceLocks:
         assert is_free("0", directory)
         assert is_free("1", directory)
 
-    def test_are_released_by_another_thread(self, locks: Locks, directory: Path, threads: ThreadPoolExecutor) -> None:
+    def test_device_locks_are_released_by_another_thread(
+        self, locks: Locks, directory: Path, threads: ThreadPoolExecutor
+    ) -> None:
         mine = locks("0")
         threads.submit(mine.acquire, 0, NEVER).result(TIMEOUT)
         mine.release()
         assert is_free("0", directory)
 
-    def test_stay_with_the_next_when_they_are_released_twice(self, locks: Locks, directory: Path) -> None:
+    def test_device_locks_stay_with_the_next_when_they_are_released_twice(self, locks: Locks, directory: Path) -> None:
         with locks("0") as first:
             first.acquire(0, NEVER)
             first.release()
@@ -251,28 +261,28 @@ class TestDeviceLocks:
             first.release()
         assert not is_free("0", directory)
 
-    def test_can_be_taken_again(self, locks: Locks, directory: Path) -> None:
+    def test_device_locks_can_be_taken_again(self, locks: Locks, directory: Path) -> None:
         mine = locks("0")
         for _ in range(2):
             mine.acquire(0, NEVER)
             assert not is_free("0", directory)
             mine.release()
 
-    def test_are_released_when_the_launch_fails(self, locks: Locks, directory: Path) -> None:
+    def test_device_locks_are_released_when_the_launch_fails(self, locks: Locks, directory: Path) -> None:
         with pytest.raises(ZeroDivisionError), locks("0") as mine:
             mine.acquire(0, NEVER)
             raise ZeroDivisionError
         assert is_free("0", directory)
 
-    def test_of_one_device_named_twice_do_not_wait_for_themselves(self, locks: Locks) -> None:
+    def test_device_locks_of_one_device_named_twice_do_not_wait_for_themselves(self, locks: Locks) -> None:
         locks("0", "1", "0").acquire(0, NEVER)
 
-    def test_of_no_device_do_nothing(self, locks: Locks, directory: Path) -> None:
+    def test_device_locks_of_no_device_do_nothing(self, locks: Locks, directory: Path) -> None:
         with locks() as mine:
             mine.acquire(0, NEVER)
         assert not directory.exists()
 
-    def test_leave_no_file_open(self, locks: Locks) -> None:
+    def test_device_locks_leave_no_file_open(self, locks: Locks) -> None:
         before = open_files()
         mine = locks("0", "1")
         mine.acquire(0, NEVER)
@@ -282,7 +292,7 @@ class TestDeviceLocks:
         mine.release()
         assert open_files() == before
 
-    def test_take_the_devices_in_one_order_whatever_order_they_are_named_in(
+    def test_device_locks_take_the_devices_in_one_order_whatever_order_they_are_named_in(
         self, locks: Locks, directory: Path, threads: ThreadPoolExecutor
     ) -> None:
         """Else each of two launches could have the device that the other waits for."""
@@ -299,7 +309,7 @@ class TestDeviceLocks:
             done.result(TIMEOUT)
 
     @pytest.mark.parametrize("device", ["GPU-5a2d-11", "MIG-GPU-5a2d/1/0", "../../etc/x", "."])
-    def test_are_files_in_the_directory_whatever_the_device_is_called(
+    def test_device_locks_are_files_in_the_directory_whatever_the_device_is_called(
         self, device: str, locks: Locks, directory: Path
     ) -> None:
         locks(device).acquire(0, NEVER)
@@ -307,10 +317,10 @@ class TestDeviceLocks:
         assert [path.suffix for path in found] == ["", ".holder", ".lock"]
         assert all(path.name.startswith("device-") for path in found[1:])
 
-    def test_of_different_devices_are_different_files(self, locks: Locks) -> None:
+    def test_device_locks_of_different_devices_are_different_files(self, locks: Locks) -> None:
         locks("a/b", "a_b", "a%2Fb", "a.b").acquire(0, NEVER)
 
-    def test_can_be_used_by_all_users_whatever_the_umask(self, locks: Locks, directory: Path) -> None:
+    def test_device_locks_can_be_used_by_all_users_whatever_the_umask(self, locks: Locks, directory: Path) -> None:
         umask = os.umask(0o077)
         try:
             locks("0").acquire(0, NEVER)
@@ -326,15 +336,15 @@ class TestDeviceLocks:
             assert not is_free("0", tmp_path / "xinf-vllm-locks")
 
 
-class TestALaunchThatDoesNotGetItsDevices:
-    def test_has_none_of_them(self, locks: Locks, directory: Path) -> None:
+class TestRefusedDeviceLocks:
+    def test_a_launch_that_does_not_get_all_its_devices_has_none_of_them(self, locks: Locks, directory: Path) -> None:
         locks("1", who="llama-0").acquire(0, NEVER)
         with pytest.raises(EngineStartTimeoutError, match="device 1, held by llama-0"):
             locks("0", "1", "2").acquire(0, NEVER)
         assert is_free("0", directory)
         assert is_free("2", directory)
 
-    def test_gives_up_when_it_is_stopped(
+    def test_a_launch_that_waits_for_its_devices_gives_up_when_it_is_stopped(
         self, locks: Locks, directory: Path, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(module, "POLL", 2 * TIMEOUT)
@@ -348,14 +358,14 @@ class TestALaunchThatDoesNotGetItsDevices:
             waiting.result(TIMEOUT / 2)
         assert is_free("0", directory)
 
-    def test_does_not_begin_when_it_was_stopped_before(self, locks: Locks, directory: Path) -> None:
+    def test_a_launch_that_was_stopped_before_does_not_take_its_devices(self, locks: Locks, directory: Path) -> None:
         cancelled = threading.Event()
         cancelled.set()
         with pytest.raises(EngineStoppedError):
             locks("0").acquire(TIMEOUT, cancelled)
         assert is_free("0", directory)
 
-    def test_has_none_either_when_a_lock_file_cannot_be_used(self, locks: Locks, directory: Path) -> None:
+    def test_a_launch_has_no_device_when_a_lock_file_cannot_be_used(self, locks: Locks, directory: Path) -> None:
         assert is_free("1", directory)
         (directory / "device-1.lock").unlink()
         (directory / "device-1.lock").mkdir()
@@ -364,7 +374,7 @@ class TestALaunchThatDoesNotGetItsDevices:
         assert is_free("0", directory)
 
     @pytest.mark.parametrize("where", ["/dev/null", "/dev/null/locks", "/proc/locks/below", "/proc/new"])
-    def test_says_that_the_directory_cannot_be_used(self, where: str) -> None:
+    def test_a_launch_says_that_the_lock_directory_cannot_be_used(self, where: str) -> None:
         before = open_files()
         with pytest.raises(
             EngineStartError, match=f"qwen-0 cannot lock its devices by files in {where} .*: make"
@@ -374,7 +384,9 @@ class TestALaunchThatDoesNotGetItsDevices:
         assert pickle.loads(pickle.dumps(caught.value)).args == caught.value.args
         assert open_files() == before
 
-    def test_does_not_take_a_former_holder_for_the_present_one(self, locks: Locks, directory: Path) -> None:
+    def test_a_launch_without_its_devices_does_not_take_a_former_holder_for_the_present_one(
+        self, locks: Locks, directory: Path
+    ) -> None:
         with locks("0", who="llama-0") as former:
             former.acquire(0, NEVER)
         with held_without_a_note("0", directory), pytest.raises(EngineStartTimeoutError, match="by an unknown engine"):
@@ -383,7 +395,9 @@ class TestALaunchThatDoesNotGetItsDevices:
     @pytest.mark.parametrize(
         "note", ["", "null", "[]", "{}", '{"pid": 1', '{"pid": "x", "created": 1}', "a link", "a pipe", SAME_PID]
     )
-    def test_is_not_led_astray_by_a_note_that_says_nothing(self, note: str, locks: Locks, directory: Path) -> None:
+    def test_a_launch_without_its_devices_is_not_led_astray_by_a_note_that_says_nothing(
+        self, note: str, locks: Locks, directory: Path
+    ) -> None:
         path = directory / "device-0.holder"
         victim = directory / "victim"
         directory.mkdir()
@@ -438,8 +452,10 @@ def holder(directory: Path) -> Iterator[Holder]:
     holder.end_all()
 
 
-class TestADeviceHeldByAnotherProcess:
-    def test_names_its_holder_only_while_that_lives(self, holder: Holder, locks: Locks, directory: Path) -> None:
+class TestDeviceHeldElsewhere:
+    def test_a_device_held_by_another_process_names_its_holder_only_while_that_lives(
+        self, holder: Holder, locks: Locks, directory: Path
+    ) -> None:
         with pytest.raises(EngineStartTimeoutError) as caught:
             locks("0").acquire(0.01, NEVER)
         assert len(caught.value.args) == 1
@@ -456,7 +472,7 @@ class TestADeviceHeldByAnotherProcess:
         with held_without_a_note("0", directory), pytest.raises(EngineStartTimeoutError, match="by an unknown engine"):
             locks("0").acquire(0, NEVER)
 
-    def test_is_free_when_that_is_killed_though_its_child_lives(
+    def test_a_device_held_by_another_process_is_free_when_that_is_killed_though_its_child_lives(
         self, holder: Holder, locks: Locks, threads: ThreadPoolExecutor
     ) -> None:
         cancelled = Cancelled()

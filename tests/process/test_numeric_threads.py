@@ -34,7 +34,7 @@ def zygote_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Zyg
         zygote.stop()
 
 
-def test_numpy(zygote_with: Callable[[str], Zygote]) -> None:
+def test_numpy_of_a_forked_child_has_the_threads_of_its_environment(zygote_with: Callable[[str], Zygote]) -> None:
     zygote = zygote_with("numpy")
     for environment, count in (
         ({}, min(len(CPUS), 64)),  # OpenBLAS of NumPy's wheels has no more
@@ -47,7 +47,7 @@ def test_numpy(zygote_with: Callable[[str], Zygote]) -> None:
 
 
 @pytest.mark.skipif(len(CPUS) < 2, reason="all threads are on the one CPU")
-def test_torch(zygote_with: Callable[[str], Zygote]) -> None:
+def test_torch_of_a_forked_child_has_the_threads_of_its_environment(zygote_with: Callable[[str], Zygote]) -> None:
     # In one test, as the zygote takes a second to import it.
     zygote = zygote_with("torch")
     first, second = CPUS[:2]

@@ -109,23 +109,23 @@ class TestARecordedTree:
         assert answers(tree.child_end)
         assert answers(tree.grandchild_end)
 
-    def test_is_described_by_pid_and_title(self, tree: Tree) -> None:
+    def test_a_recorded_tree_is_described_by_pid_and_title(self, tree: Tree) -> None:
         described = tree.tree.describe()
         assert [entry["pid"] for entry in described] == tree.pids
         assert all("python" in str(entry["title"]) for entry in described)
 
-    def test_holds_each_process_once_however_often_it_is_recorded(self, tree: Tree) -> None:
+    def test_a_recorded_tree_holds_each_process_once_however_often_it_is_recorded(self, tree: Tree) -> None:
         tree.tree.record([tree.child.pid, tree.child.pid])
         assert tree.alive() == tree.pids
 
-    def test_still_holds_an_orphan(self, tree: Tree) -> None:
+    def test_a_recorded_tree_still_holds_an_orphan(self, tree: Tree) -> None:
         orphan = next(pid for pid in tree.pids if pid != tree.child.pid)
         tree.child.kill()
         assert exit_code(tree.child) == -signal.SIGKILL
         assert tree.alive() == [orphan]
         assert psutil.Process(orphan).ppid() != tree.child.pid
 
-    def test_does_not_count_a_zombie_as_alive(self, child: Any) -> None:
+    def test_a_recorded_tree_does_not_count_a_zombie_as_alive(self, child: Any) -> None:
         tree = ProcessTree()
         tree.record([child.pid])
         assert has_ended(child)
@@ -133,19 +133,19 @@ class TestARecordedTree:
         assert tree.alive() == []
         assert tree.describe() == []
 
-    def test_passes_over_a_process_that_is_gone(self, child: Any) -> None:
+    def test_a_recorded_tree_passes_over_a_process_that_is_gone(self, child: Any) -> None:
         assert exit_code(child) == 3
         tree = ProcessTree()
         tree.record([child.pid])
         assert tree.alive() == []
         assert tree.kill(TIMEOUT) == []
 
-    def test_passes_over_a_process_that_was_never_started(self) -> None:
+    def test_a_recorded_tree_passes_over_a_process_that_was_never_started(self) -> None:
         tree = ProcessTree()
         tree.record([None])
         assert tree.alive() == []  # a kill() would end the test run itself
 
-    def test_may_be_added_to_while_another_thread_looks_at_it(
+    def test_a_recorded_tree_may_be_added_to_while_another_thread_looks_at_it(
         self, tree: Tree, child: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         # stop() kills while the thread that loads records, or while the status of the engine is asked for.
@@ -159,7 +159,7 @@ class TestARecordedTree:
         monkeypatch.setattr(psutil.Process, "status", recorded_meanwhile)
         tree.tree.alive()
 
-    def test_that_is_empty_is_gone_already(self) -> None:
+    def test_a_recorded_tree_that_is_empty_is_gone_already(self) -> None:
         assert ProcessTree().kill(TIMEOUT) == []
         assert ProcessTree().wait_gone(TIMEOUT) == []
 
@@ -215,19 +215,19 @@ class TestKilling:
         assert tree.alive() == []
         assert not any(_runs(pid) for pid in tree.pids)
 
-    def test_ends_an_orphan(self, tree: Tree) -> None:
+    def test_killing_a_tree_ends_an_orphan(self, tree: Tree) -> None:
         tree.child.kill()
         assert exit_code(tree.child) == -signal.SIGKILL
         assert answers(tree.grandchild_end)
         assert tree.tree.kill(TIMEOUT) == []
         assert is_closed(tree.grandchild_end)
 
-    def test_ends_a_process_that_is_stopped(self, tree: Tree) -> None:
+    def test_killing_a_tree_ends_a_process_that_is_stopped(self, tree: Tree) -> None:
         targets.stop(tree.child.pid)
         assert tree.tree.kill(TIMEOUT) == []
         assert exit_code(tree.child) == -signal.SIGKILL
 
-    def test_ends_a_descendant_that_came_after_the_record(self, tree_of: Callable[..., Tree]) -> None:
+    def test_killing_a_tree_ends_a_descendant_that_came_after_the_record(self, tree_of: Callable[..., Tree]) -> None:
         tree = tree_of(targets.live_and_start_one_when_asked)
         receive(tree.child_end)
         tree.tree.record([tree.child.pid])
@@ -238,7 +238,7 @@ class TestKilling:
         assert is_closed(tree.grandchild_end)
         assert not _runs(late)
 
-    def test_leaves_everybody_else_alone(self, tree: Tree, tree_of: Callable[..., Tree]) -> None:
+    def test_killing_a_tree_leaves_other_processes_alone(self, tree: Tree, tree_of: Callable[..., Tree]) -> None:
         other = tree_of()
         other.grandchild_pid()
         assert tree.tree.kill(TIMEOUT) == []
@@ -246,11 +246,11 @@ class TestKilling:
         assert answers(other.child_end)
         assert answers(other.grandchild_end)
 
-    def test_leaves_the_exit_code_to_the_parent(self, tree: Tree) -> None:
+    def test_killing_a_tree_leaves_the_exit_code_to_the_parent(self, tree: Tree) -> None:
         assert tree.tree.kill(TIMEOUT) == []
         assert tree.child.exitcode == -signal.SIGKILL
 
-    def test_twice_is_no_mistake(self, tree: Tree) -> None:
+    def test_killing_a_tree_twice_is_no_mistake(self, tree: Tree) -> None:
         assert tree.tree.kill(TIMEOUT) == []
         assert tree.tree.kill(TIMEOUT) == []
 
@@ -294,7 +294,8 @@ class TestALook:
         receive(tree.child_end)
         tree.tree.record([tree.child.pid])
         tree.child_end.send("start one")
-        least = sum(_seconds_of_cpu(pid) for pid in (tree.child.pid, tree.grandchild_pid()))
+        assert tree.child.pid is not None
+        least = sum(_seconds_of_cpu(each) for each in (tree.child.pid, tree.grandchild_pid()))
         ((pid, used),) = tree.tree.look("EngineCore").others.items()
         assert pid == tree.child.pid
         assert used >= least > _seconds_of_cpu(pid)
@@ -307,7 +308,7 @@ class TestALook:
     def test_goes_through_all_processes_of_the_machine_once(self, tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
         walks: list[None] = []
         pids = psutil.pids
-        monkeypatch.setattr(psutil, "pids", lambda: (walks.append(None), pids())[1])
+        monkeypatch.setattr(psutil, "pids", lambda: walks.append(None) or pids())  # type: ignore[func-returns-value]
         monkeypatch.setattr(psutil.Process, "children", None)
         assert len(tree.tree.look("").workers) == 2
         assert len(walks) == 1

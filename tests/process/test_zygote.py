@@ -141,24 +141,29 @@ def kill(pid: int | None) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-class TestAChild:
-    def test_comes_from_the_zygote(self, zygote: Zygote) -> None:
+def pid_of(zygote: Zygote) -> int:
+    assert zygote.pid is not None
+    return zygote.pid
+
+
+class TestForkedChild:
+    def test_a_forked_child_comes_from_the_zygote(self, zygote: Zygote) -> None:
         near, far = Pipe()
         process = started(forking(zygote), targets.tell_parent, far)
         assert receive(near) == (process.pid, zygote.pid)
         assert exit_code(process) == 0
         assert zygote.pid != os.getpid()
 
-    def test_has_children_from_the_same_zygote(self, zygote: Zygote) -> None:
+    def test_a_forked_child_has_children_from_the_same_zygote(self, zygote: Zygote) -> None:
         _, parent = told(forking(zygote), targets.tell_of_a_child, targets.tell_parent)
         assert parent == zygote.pid
 
-    def test_has_grandchildren_from_the_same_zygote(self, zygote: Zygote) -> None:
+    def test_a_forked_child_has_grandchildren_from_the_same_zygote(self, zygote: Zygote) -> None:
         target = targets.tell_of_a_child
         _, parent = told(forking(zygote), target, targets.tell_of_a_child, targets.tell_parent)
         assert parent == zygote.pid
 
-    def test_may_be_asked_for_while_the_zygote_still_imports(
+    def test_a_forked_child_may_be_asked_for_while_the_zygote_still_imports(
         self, make_zygote: Make, gate: blocking_at_import.Gate, asked: threading.Event
     ) -> None:
         zygote = make_zygote(preloaded.behind(gate))
@@ -170,7 +175,7 @@ class TestAChild:
         join([asker])
         assert parents == [zygote.pid]
 
-    def test_is_started_before_it_has_imported_its_target_and_taken_a_large_payload(
+    def test_a_forked_child_is_started_before_it_has_imported_and_taken_a_large_payload(
         self, zygote: Zygote, gate: blocking_at_import.Gate
     ) -> None:
         near, far = Pipe()
@@ -187,14 +192,14 @@ class TestAChild:
         assert exit_code(process) == 0
         near.close()
 
-    def test_has_what_the_zygote_preloaded(self, make_zygote: Make) -> None:
+    def test_a_forked_child_has_what_the_zygote_preloaded(self, make_zygote: Make) -> None:
         module = "this"  # prints when it is imported, so nobody does
         zygote = make_zygote(functools.partial(preloaded.modules, module))
         assert module in told(forking(zygote), targets.tell_modules)
         assert module not in told(EngineContext({}), targets.tell_modules)
 
 
-class TestAForkedChildIsLikeASpawnedOne:
+class TestLikeASpawnedChild:
     @pytest.fixture
     def ask(self, zygote: Zygote, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Any]]:
         """What a child, forked or else spawned, is like where all has changed since the zygote was started."""
@@ -378,15 +383,17 @@ class TestAnExitCode:
         assert process.exitcode == 3
 
 
-class TestWhatMultiprocessingHandsOver:
+class TestArgumentsOfAForkedChild:
     @pytest.mark.parametrize(
         "target", [targets.use_all, targets.use_all_in_a_child], ids=["to a child", "to a grandchild"]
     )
-    def test_works_in_a_forked_one(self, zygote: Zygote, target: Callable[..., None]) -> None:
+    def test_locks_queues_and_pipes_work_in_a_forked_child(self, zygote: Zygote, target: Callable[..., None]) -> None:
         context = forking(zygote)
         assert_all_reach(context, target)
 
-    def test_may_be_as_many_files_as_the_kernel_passes(self, zygote: Zygote, log: Callable[[], list[str]]) -> None:
+    def test_a_forked_child_may_be_given_as_many_files_as_the_kernel_passes(
+        self, zygote: Zygote, log: Callable[[], list[str]]
+    ) -> None:
         count = MAX_FDS - 2  # beside the pipe that is told by, and the zygote's address
         ends = [end for _ in range(count // 2 + 1) for end in Pipe()]
         for too_many in (0, 1):
@@ -397,7 +404,7 @@ class TestWhatMultiprocessingHandsOver:
         for end in ends:
             end.close()
 
-    def test_works_where_a_descendant_hands_it_over(self, zygote: Zygote) -> None:
+    def test_locks_queues_and_pipes_work_where_a_descendant_hands_them_over(self, zygote: Zygote) -> None:
         end, far = Pipe()
         process = started(forking(zygote), targets.tell_of_a_child, far, targets.echo)
         assert answers(end)
@@ -405,32 +412,34 @@ class TestWhatMultiprocessingHandsOver:
         assert exit_code(process) == 0
 
 
-class TestTheZygote:
-    def test_can_be_told_from_other_processes(self, zygote: Zygote) -> None:
+class TestZygote:
+    def test_the_zygote_can_be_told_from_other_processes(self, zygote: Zygote) -> None:
         assert is_forked(zygote, forking(zygote))
         assert Path(f"/proc/{zygote.pid}/cmdline").read_bytes().rstrip(b"\0") == b"xinf-vllm zygote"
 
-    def test_has_one_thread_also_after_it_forked(self, zygote: Zygote) -> None:
+    def test_the_zygote_has_one_thread_also_after_it_forked(self, zygote: Zygote) -> None:
         assert is_forked(zygote, forking(zygote))
         assert psutil.Process(zygote.pid).num_threads() == 1
 
-    def test_is_not_ended_by_ctrl_c(self, zygote: Zygote) -> None:
+    def test_the_zygote_is_not_ended_by_ctrl_c(self, zygote: Zygote) -> None:
         assert is_forked(zygote, forking(zygote))
         assert zygote.pid is not None
         os.kill(zygote.pid, signal.SIGINT)
         assert is_forked(zygote, forking(zygote))
 
-    def test_is_gone_when_it_was_stopped(self, zygote: Zygote) -> None:
+    def test_the_zygote_is_gone_when_it_was_stopped(self, zygote: Zygote) -> None:
         assert is_forked(zygote, forking(zygote))
-        pid = zygote.pid
+        pid = pid_of(zygote)
         zygote.stop()
         assert not psutil.pid_exists(pid)
         zygote.stop()
 
-    def test_can_be_stopped_before_it_has_imported_all(self, make_zygote: Make, gate: blocking_at_import.Gate) -> None:
+    def test_the_zygote_can_be_stopped_before_it_has_imported_all(
+        self, make_zygote: Make, gate: blocking_at_import.Gate
+    ) -> None:
         zygote = make_zygote(preloaded.behind(gate))
         gate.wait_until_reached()
-        pid = zygote.pid
+        pid = pid_of(zygote)
         zygote.stop()
         assert not psutil.pid_exists(pid)
 
@@ -446,7 +455,9 @@ class TestTheZygote:
         Zygote({}, targets.do_nothing, targets.do_nothing).stop()
 
     @pytest.mark.parametrize("was_started", [False, True])
-    def test_says_why_it_cannot_be_asked(self, zygote: Zygote, log: Callable[[], list[str]], was_started: bool) -> None:
+    def test_the_zygote_says_why_it_cannot_be_asked(
+        self, zygote: Zygote, log: Callable[[], list[str]], was_started: bool
+    ) -> None:
         zygote = zygote if was_started else Zygote({}, targets.do_nothing, targets.do_nothing)
         zygote.stop()
         assert why_not(zygote) == "it was stopped"
@@ -455,7 +466,7 @@ class TestTheZygote:
         (line,) = log()
         assert line == f"{context.children[0].name} is spawned, not forked from the zygote: it was stopped"
 
-    def test_that_is_stopped_leaves_its_children_alone(self, zygote: Zygote) -> None:
+    def test_a_zygote_that_is_stopped_leaves_its_children_alone(self, zygote: Zygote) -> None:
         near, far = Pipe()
         process = started(forking(zygote), targets.echo, far)
         assert answers(near)
@@ -464,7 +475,9 @@ class TestTheZygote:
         near.close()
         assert exit_code(process) == STATUS_UNKNOWN
 
-    def test_is_seen_to_end_while_its_children_live(self, zygote: Zygote, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_zygote_is_seen_to_end_while_its_children_live(
+        self, zygote: Zygote, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(manager_module, "STOP_TIMEOUT", 0.5)
         near, far = Pipe()
         process = started(forking(zygote), targets.echo, far)
@@ -472,12 +485,12 @@ class TestTheZygote:
         (it,) = (child for child in multiprocessing.active_children() if child.pid == zygote.pid)
         kill(zygote.pid)
         try:
-            assert wait([it.sentinel], 0.5)
+            assert wait([it.sentinel], TIMEOUT)
         finally:
             near.close()
         assert exit_code(process) == STATUS_UNKNOWN
 
-    def test_leaves_no_file_no_thread_and_no_process(self) -> None:
+    def test_the_zygote_leaves_no_file_no_thread_and_no_process(self) -> None:
         def cycle() -> None:
             zygote = targets.make_zygote()
             assert is_forked(zygote, forking(zygote))
@@ -489,7 +502,7 @@ class TestTheZygote:
         assert open_files() == files
         assert set(threading.enumerate()) == threads
 
-    def test_leaks_nothing_over_twenty_forks(self, zygote: Zygote) -> None:
+    def test_the_zygote_leaks_nothing_over_twenty_forks(self, zygote: Zygote) -> None:
         context = forking(zygote)
 
         def cycle() -> None:
@@ -510,7 +523,7 @@ class TestTheZygote:
         assert becomes(lambda: process.num_fds() <= its_files)  # it tells of an end before it closes what it told it by
         assert process.children() == []
 
-    def test_does_not_care_for_processes_that_its_imports_left_behind(self, make_zygote: Make, tmp_path: Path) -> None:
+    def test_the_zygote_ignores_processes_that_its_imports_left_behind(self, make_zygote: Make, tmp_path: Path) -> None:
         zygote = make_zygote(functools.partial(preloaded.a_process, tmp_path / "pid"))
         near, far = Pipe()
         process = started(forking(zygote), targets.echo, far)
@@ -527,7 +540,7 @@ class TestTheZygote:
         assert exit_code(process) == 0
 
 
-class TestWhenTheModelProcessEnds:
+class TestEndOfTheModelProcess:
     @pytest.fixture
     def owner(self) -> Iterator[Owner]:
         owner = Owner()
@@ -536,21 +549,23 @@ class TestWhenTheModelProcessEnds:
         owner.process.join(TIMEOUT)
         owner.end.close()
 
-    def test_the_zygote_lives_until_then(self, owner: Owner) -> None:
+    def test_the_zygote_lives_until_the_model_process_ends(self, owner: Owner) -> None:
         pid = owner.with_zygote(targets.do_nothing)
         assert answers(owner.end)
         assert psutil.pid_exists(pid)
         owner.process.kill()
         assert is_gone(pid)
 
-    def test_the_zygote_is_gone_also_where_it_is_stopped(self, owner: Owner, gate: blocking_at_import.Gate) -> None:
+    def test_a_stopped_zygote_ends_with_the_model_process(self, owner: Owner, gate: blocking_at_import.Gate) -> None:
         pid = owner.with_zygote(preloaded.behind(gate))
         gate.wait_until_reached()
         targets.stop(pid)
         owner.process.kill()
         assert is_gone(pid)
 
-    def test_the_zygote_is_gone_also_where_it_still_imports(self, owner: Owner, gate: blocking_at_import.Gate) -> None:
+    def test_a_zygote_that_still_imports_ends_with_the_model_process(
+        self, owner: Owner, gate: blocking_at_import.Gate
+    ) -> None:
         pid = owner.with_zygote(preloaded.behind(gate))
         gate.wait_until_reached()
         owner.process.kill()
@@ -582,25 +597,26 @@ class Owner:
         return pid
 
 
-class TestWhenTheZygoteDies:
-    def test_its_children_live_on_and_how_they_end_is_not_known(self, zygote: Zygote) -> None:
+class TestDeathOfTheZygote:
+    def test_children_outlive_the_zygote_and_how_they_end_is_not_known(self, zygote: Zygote) -> None:
         near, far = Pipe()
         process = started(forking(zygote), targets.echo, far)
         ended = started(forking(zygote), targets.end_by, "status 3")
         assert exit_code(ended) == 3
-        pid = zygote.pid
+        pid = pid_of(zygote)
         kill(pid)
         assert is_gone(pid)
         assert answers(near)
         assert process.is_alive()
-        assert process.exitcode is None
+        not_ended = process.exitcode
+        assert not_ended is None
         assert not wait([process.sentinel], 0)
         near.close()
         assert wait([process.sentinel], TIMEOUT)
         assert process.exitcode == STATUS_UNKNOWN
         assert exit_code(ended) == 3
 
-    def test_whoever_waits_for_a_child_goes_on_waiting(self, zygote: Zygote) -> None:
+    def test_waiting_for_a_child_goes_on_after_the_death_of_the_zygote(self, zygote: Zygote) -> None:
         near, far = Pipe()
         process = started(forking(zygote), targets.echo, far)
         waiter = on_thread(process.join)
@@ -614,31 +630,30 @@ class TestWhenTheZygoteDies:
         join([waiter])
         assert process.exitcode == STATUS_UNKNOWN
 
-    def test_a_child_can_still_be_killed(self, zygote: Zygote) -> None:
+    def test_a_child_can_be_killed_after_the_death_of_the_zygote(self, zygote: Zygote) -> None:
         near, far = Pipe()
         process = started(forking(zygote), targets.echo, far)
         assert answers(near)
-        pid = zygote.pid
+        pid = pid_of(zygote)
         kill(pid)
         assert is_gone(pid)
         process.kill()
         assert exit_code(process) == STATUS_UNKNOWN
         assert is_closed(near)
 
-    def test_a_child_spawns_its_own_children(self, zygote: Zygote) -> None:
+    def test_a_child_spawns_its_own_children_after_the_death_of_the_zygote(self, zygote: Zygote) -> None:
         near, far = Pipe()
         process = started(forking(zygote), targets.tell_parent_of_a_child_when_asked, far)
         assert receive(near) == "ready"
-        pid = zygote.pid
+        pid = pid_of(zygote)
         kill(pid)
         assert is_gone(pid)
         near.send("go on")
         _, parent = receive(near)
         assert parent == process.pid
-        near.send("go on")
         assert exit_code(process) == STATUS_UNKNOWN
 
-    def test_a_start_is_spawned_until_there_is_another_and_says_why(
+    def test_children_are_spawned_until_there_is_another_zygote_and_the_log_says_why(
         self, make_zygote: Make, gate: blocking_at_import.Gate, log: Callable[[], list[str]]
     ) -> None:
         zygote = make_zygote(preloaded.behind(gate))
@@ -657,7 +672,9 @@ class TestWhenTheZygoteDies:
         assert is_forked(zygote, context)
         assert len(log()) == 1
 
-    def test_a_start_that_found_it_alive_is_spawned(self, zygote: Zygote, log: Callable[[], list[str]]) -> None:
+    def test_a_start_during_which_the_zygote_dies_is_spawned(
+        self, zygote: Zygote, log: Callable[[], list[str]]
+    ) -> None:
         # It dies between being found and being asked.
         client = zygote.client()
         pid = zygote.pid
@@ -667,7 +684,9 @@ class TestWhenTheZygoteDies:
         assert told(context, targets.tell_parent)[1] == os.getpid()
         assert len(log()) == 1
 
-    def test_while_it_is_replaced_it_can_be_stopped(self, zygote: Zygote, caplog: pytest.LogCaptureFixture) -> None:
+    def test_a_zygote_that_is_being_replaced_can_be_stopped(
+        self, zygote: Zygote, caplog: pytest.LogCaptureFixture
+    ) -> None:
         assert is_forked(zygote, forking(zygote))
         noticed, stopping = threading.Event(), threading.Event()
 
@@ -690,7 +709,7 @@ class TestWhenTheZygoteDies:
         assert not [thread for thread in threading.enumerate() if thread.name == "zygote-watch"]
 
 
-class TestAStartIsSpawned:
+class TestSpawnedInstead:
     @pytest.mark.parametrize(
         ("preload", "hazard", "reason"),
         [
@@ -771,7 +790,7 @@ class TestAStartIsSpawned:
         assert not is_forked(zygote, forking(zygote))
 
 
-class TestAZygoteThatDoesNotAnswer:
+class TestStoppedZygote:
     @pytest.fixture
     def stopped(self, zygote: Zygote) -> Iterator[Zygote]:
         assert is_forked(zygote, forking(zygote))
@@ -795,7 +814,9 @@ class TestAZygoteThatDoesNotAnswer:
         near.close()
         assert exit_code(process) == 0
 
-    def test_keeps_no_stop_of_the_engine_waiting(self, stopped: Zygote, asked: threading.Event) -> None:
+    def test_a_zygote_that_does_not_answer_keeps_no_stop_of_the_engine_waiting(
+        self, stopped: Zygote, asked: threading.Event
+    ) -> None:
         context = forking(stopped)
         starter = on_thread(lambda: is_refused(context, targets.do_nothing))
         assert asked.wait(TIMEOUT)
@@ -805,7 +826,7 @@ class TestAZygoteThatDoesNotAnswer:
         assert is_forked(stopped, forking(stopped))
         assert becomes(lambda: pids_of_children(stopped) == [])
 
-    def test_until_the_start_was_given_up_has_a_child_that_does_nothing(
+    def test_a_zygote_that_forks_after_the_start_was_given_up_has_a_child_that_does_nothing(
         self, make_zygote: Make, gate: blocking_at_import.Gate, tmp_path: Path
     ) -> None:
         zygote = make_zygote(hazard=preloaded.behind(gate))

@@ -1,13 +1,17 @@
-"""A clock that goes when a test says so."""
+"""Time that passes when a test says so."""
 
 from __future__ import annotations
 
 
 class Clock:
-    """Seconds, as ``time.monotonic`` counts them."""
+    """A clock that stands still.
 
-    def __init__(self) -> None:
-        self.now = 0.0
+    Attributes:
+        now: seconds; what calling it returns.
+    """
+
+    def __init__(self, now: float = 0.0) -> None:
+        self.now = now
 
     def __call__(self) -> float:
         return self.now

@@ -126,9 +126,9 @@ class Model:
         return [item async for item in await self.async_chat()]
 
 
-class TestWhatARequestReturns:
+class TestResults:
     async def test_a_value_is_passed_through(self) -> None:
-        value = {"choices": []}
+        value: dict[str, list[Any]] = {"choices": []}
         assert await Model(value).async_chat() is value
 
     async def test_arguments_reach_the_method(self) -> None:
@@ -172,7 +172,7 @@ class TestADeadEngine:
         assert model.deaths == 1
 
     @pytest.mark.parametrize("kind", [Stream, BareStream])
-    async def test_fails_a_stream_after_the_items_it_had(self, kind: type[Any]) -> None:
+    async def test_a_dead_engine_fails_a_stream_after_the_items_it_had(self, kind: type[Any]) -> None:
         model = Model(kind(1, 2, EngineDeadError()))
         got = []
         with pytest.raises(EngineDiedError, match="died"):
@@ -181,7 +181,7 @@ class TestADeadEngine:
         assert got == [1, 2]
         assert model.deaths == 1
 
-    async def test_closes_the_stream_that_failed(self) -> None:
+    async def test_a_dead_engine_closes_the_stream_that_failed(self) -> None:
         stream = Stream(EngineDeadError())
         with pytest.raises(EngineDiedError):
             await Model(stream).stream()
@@ -189,19 +189,21 @@ class TestADeadEngine:
 
     @BOTH
     @pytest.mark.parametrize("error", [EngineDeadError, AsyncEngineDeadError])
-    async def test_is_recognized_by_either_exception_where_vllm_has_both(self, error: type[Exception]) -> None:
+    async def test_a_dead_engine_is_recognized_by_either_exception_where_vllm_has_both(
+        self, error: type[Exception]
+    ) -> None:
         model = Model(error())
         with pytest.raises(EngineDiedError):
             await model.async_chat()
         assert model.deaths == 1
 
-    async def test_of_a_model_that_is_being_stopped_is_not_a_death(self) -> None:
+    async def test_a_dead_engine_of_a_model_that_is_being_stopped_is_no_death(self) -> None:
         model = Model(EngineDeadError(), stopping=True)
         with pytest.raises(EngineStoppedError, match="tiny was stopped"):
             await model.async_chat()
         assert model.deaths == 0
 
-    async def test_of_a_model_that_is_stopped_during_a_stream_is_not_a_death(self) -> None:
+    async def test_a_dead_engine_of_a_model_that_is_stopped_during_a_stream_is_not_a_death(self) -> None:
         model = Model(Stream(1, EngineDeadError()))
         stream = await model.async_chat()
         assert await anext(stream) == 1
@@ -211,18 +213,18 @@ class TestADeadEngine:
         assert model.deaths == 0
 
 
-class TestAnErrorOfOneRequest:
+class TestErrorOfOneRequest:
     """It is that request's alone: the engine lives, and nobody is told otherwise."""
 
     @pytest.mark.parametrize("error", [RuntimeError("CUDA?"), ValueError("prompt too long"), KeyError("role")])
-    async def test_passes_through(self, error: Exception) -> None:
+    async def test_an_error_of_one_request_passes_through(self, error: Exception) -> None:
         model = Model(error)
         with pytest.raises(type(error)) as caught:
             await model.async_chat()
         assert caught.value is error
         assert model.deaths == 0
 
-    async def test_passes_through_a_stream_which_is_closed(self) -> None:
+    async def test_an_error_of_one_request_passes_through_a_stream_which_is_closed(self) -> None:
         error = RuntimeError("only this one")
         stream = Stream(1, error)
         model = Model(stream)
@@ -231,14 +233,14 @@ class TestAnErrorOfOneRequest:
         assert caught.value is error
         assert (model.deaths, stream.closed) == (0, 1)
 
-    async def test_passes_through_without_a_cause_that_it_did_not_have(self) -> None:
+    async def test_an_error_of_one_request_passes_through_without_a_cause_that_it_did_not_have(self) -> None:
         error = RuntimeError("only this one")
         with pytest.raises(RuntimeError):
             await Model(error).async_chat()
         assert error.__cause__ is None
 
 
-class TestAnErrorThatVLLMRaisedItself:
+class TestErrorOfVLLM:
     """Xinference's supervisor may lack vLLM, and could not unpickle it."""
 
     @staticmethod
@@ -278,9 +280,9 @@ class TestWhatWasCutFromLogs:
         "error",
         [
             EngineDeadError(),
-            TestAnErrorThatVLLMRaisedItself.error(RuntimeError(REASON)),
-            TestAnErrorThatVLLMRaisedItself.error(ValueError(REASON)),
-            TestAnErrorThatVLLMRaisedItself.error(EngineStartError(REASON)),
+            TestErrorOfVLLM.error(RuntimeError(REASON)),
+            TestErrorOfVLLM.error(ValueError(REASON)),
+            TestErrorOfVLLM.error(EngineStartError(REASON)),
             EngineStartError(REASON),
             BackendError(REASON),
         ],
@@ -299,23 +301,23 @@ class TestWhatWasCutFromLogs:
 
 
 @NO_VLLM
-class TestAVLLMWithoutEitherException:
-    def test_has_none_to_catch(self) -> None:
+class TestVLLMWithoutExceptions:
+    def test_vllm_without_either_exception_has_none_to_catch(self) -> None:
         assert engine_dead_errors() == ()
 
-    async def test_returns_what_it_returns(self) -> None:
+    async def test_vllm_without_either_exception_still_returns_results(self) -> None:
         assert await Model("text").async_chat() == "text"
         assert await Model(Stream(1, 2)).stream() == [1, 2]
 
-    async def test_lets_every_error_through(self) -> None:
+    async def test_vllm_without_either_exception_lets_every_error_through(self) -> None:
         for model in (Model(EngineDeadError("unknown")), Model(Stream(EngineDeadError("unknown")))):
             with pytest.raises(EngineDeadError):
                 await model.stream()
             assert model.deaths == 0
 
 
-class TestAClientThatLeaves:
-    async def test_by_closing_closes_the_stream(self) -> None:
+class TestClientThatLeaves:
+    async def test_a_client_that_leaves_by_closing_closes_the_stream(self) -> None:
         stream = Stream(1, 2)
         checked = await Model(stream).async_chat()
         assert await anext(checked) == 1
@@ -323,7 +325,7 @@ class TestAClientThatLeaves:
         await checked.aclose()
         assert stream.closed == 1
 
-    async def test_by_cancelling_closes_the_stream_and_stays_cancelled(self) -> None:
+    async def test_a_client_that_leaves_by_cancelling_closes_the_stream_and_stays_cancelled(self) -> None:
         model = Model(stream := Stream(1, asyncio.Event()))
         checked = await model.async_chat()
         assert await anext(checked) == 1
@@ -334,7 +336,7 @@ class TestAClientThatLeaves:
             await asyncio.wait_for(waiting, TIMEOUT)
         assert (stream.closed, model.deaths) == (1, 0)
 
-    async def test_by_closing_ends_an_async_generator_where_it_stands(self) -> None:
+    async def test_a_client_that_leaves_by_closing_ends_an_async_generator_where_it_stands(self) -> None:
         ended = []
 
         async def chunks() -> AsyncIterator[int]:
@@ -349,12 +351,12 @@ class TestAClientThatLeaves:
         await checked.aclose()
         assert ended == [True]
 
-    async def test_of_a_stream_that_cannot_be_closed_leaves_in_peace(self) -> None:
+    async def test_a_client_that_leaves_a_stream_that_cannot_be_closed_sees_no_error(self) -> None:
         checked = await Model(BareStream(1, 2)).async_chat()
         assert await anext(checked) == 1
         await checked.aclose()
 
-    async def test_who_took_everything_has_closed_it_too(self) -> None:
+    async def test_a_client_that_took_every_item_has_closed_the_stream(self) -> None:
         stream = Stream(1)
         assert await Model(stream).stream() == [1]
         assert stream.closed == 1

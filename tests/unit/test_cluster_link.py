@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from stubs import put_modules
 
 from xinf_vllm_backend.plugin.cluster_link import DEATHS, ClusterLink
 
@@ -37,17 +37,15 @@ def actors(monkeypatch: pytest.MonkeyPatch) -> Actors:
 
     actor = SimpleNamespace(default_uid=lambda: "uid")
     kinds = SimpleNamespace(ERROR="error", INFO="info")
-    for name, content in {
+    modules: dict[str, dict[str, Any]] = {
         "xoscar": {"actor_ref": actor_ref},
         "xinference": {},
         "xinference.core": {},
         "xinference.core.utils": {"parse_replica_model_uid": lambda uid: ("tiny", 0)},
         "xinference.core.worker": {"WorkerActor": actor},
         "xinference.core.event": {"Event": dict, "EventCollectorActor": actor, "EventType": kinds},
-    }.items():
-        module = ModuleType(name)
-        vars(module).update(content)
-        monkeypatch.setitem(sys.modules, name, module)
+    }
+    put_modules(monkeypatch, modules)
     return actors
 
 

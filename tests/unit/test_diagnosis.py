@@ -72,14 +72,14 @@ each_style = pytest.mark.parametrize(
 )
 
 
-class TestTheRootCauseOfAFailedStart:
+class TestRootCause:
     @each_style
-    def test_is_the_exception_that_a_child_printed(self, style: Printer) -> None:
+    def test_the_root_cause_is_the_exception_that_a_child_printed(self, style: Printer) -> None:
         output = style(CORE, "EngineCore failed to start.", *raised("ValueError: no room for the KV cache"))
         assert diagnosis.root_cause(output) == "ValueError: no room for the KV cache"
 
     @each_style
-    def test_is_the_workers_also_when_enginecore_speaks_last(self, style: Printer) -> None:
+    def test_the_root_cause_is_the_workers_also_when_enginecore_speaks_last(self, style: Printer) -> None:
         output = [
             *style(WORKER, "WorkerProc failed to start.", *raised("torch.AcceleratorError: no kernel image")),
             *style(CORE, "EngineCore failed to start.", *raised(BACKGROUND)),
@@ -87,7 +87,7 @@ class TestTheRootCauseOfAFailedStart:
         ]
         assert diagnosis.root_cause(output) == "AcceleratorError: no kernel image"
 
-    def test_is_the_first_of_two_ranks_the_other_only_lost_its_peer(self) -> None:
+    def test_the_root_cause_is_that_of_the_first_rank_where_the_other_only_lost_its_peer(self) -> None:
         output = [
             *logged(WORKER, "WorkerProc failed to start.", *raised("KeyError: 'layers.9.mlp'")),
             *logged(SECOND_WORKER, "WorkerProc failed to start.", *raised("RuntimeError: Connection closed by peer")),
@@ -95,7 +95,7 @@ class TestTheRootCauseOfAFailedStart:
         ]
         assert diagnosis.root_cause(output) == "KeyError: 'layers.9.mlp'"
 
-    def test_is_not_the_lost_connection_also_when_that_is_seen_first(self) -> None:
+    def test_the_root_cause_is_not_the_lost_connection_also_when_that_is_seen_first(self) -> None:
         # gloo's words, as the rank prints them that was waiting for the other one.
         lost = "RuntimeError: [/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:4242"
         output = [
@@ -104,32 +104,32 @@ class TestTheRootCauseOfAFailedStart:
         ]
         assert diagnosis.root_cause(output) == "KeyError: 'layers.9.mlp'"
 
-    def test_is_the_last_of_a_chain_which_says_what_it_meant(self) -> None:
+    def test_the_root_cause_is_the_last_of_a_chain_which_says_what_it_meant(self) -> None:
         chain = raised("FileNotFoundError: config.json", "OSError: /models/tiny is not a model directory")
         assert diagnosis.root_cause(logged(CORE, *chain)) == "OSError: /models/tiny is not a model directory"
 
-    def test_is_the_last_also_of_a_chain_by_accident(self) -> None:
+    def test_the_root_cause_is_the_last_also_of_a_chain_by_accident(self) -> None:
         chain = raised("KeyError: 'qwen9'", "ValueError: The architecture qwen9 is not known", link=DURING)
         assert diagnosis.root_cause(printed(CORE, *chain)) == "ValueError: The architecture qwen9 is not known"
 
-    def test_is_not_replaced_by_a_chain_link_that_only_points_elsewhere(self) -> None:
+    def test_the_root_cause_is_not_replaced_by_a_chain_link_that_only_points_elsewhere(self) -> None:
         chain = raised("ValueError: no room", "RuntimeError: Engine core initialization failed. See root cause above.")
         assert diagnosis.root_cause(printed(CORE, *chain)) == "ValueError: no room"
 
-    def test_is_the_chain_of_one_process_when_two_print_at_once(self) -> None:
+    def test_the_root_cause_is_the_chain_of_one_process_when_two_print_at_once(self) -> None:
         mine = logged(WORKER, *raised("FileNotFoundError: a.bin", "OSError: the weights are incomplete"))
         other = logged(SECOND_WORKER, *raised("ConnectionError: rank 0 is gone", "RuntimeError: no process group"))
         interleaved = [line for pair in zip(mine, other, strict=True) for line in pair]
         assert diagnosis.root_cause(interleaved) == "OSError: the weights are incomplete"
 
-    def test_is_not_what_comes_after_the_first_failure(self) -> None:
+    def test_the_root_cause_is_not_what_comes_after_the_first_failure(self) -> None:
         output = [
             *logged(CORE, *raised("ValueError: no room")),
             *printed(CORE, "Exception ignored in: <function Socket.__del__>", *raised("ZMQError: not a socket")),
         ]
         assert diagnosis.root_cause(output) == "ValueError: no room"
 
-    def test_of_the_first_of_eight_ranks_is_still_in_the_tail(self) -> None:
+    def test_the_root_cause_of_the_first_of_eight_ranks_is_still_in_the_tail(self) -> None:
         # What a Worker of 0.27.1 prints that cannot read its weights, counted, and what EngineCore adds.
         frames = ["  File ...", "    ..."] * 26
         lost = raised("RuntimeError: Connection closed by peer")
@@ -143,12 +143,12 @@ class TestTheRootCauseOfAFailedStart:
             tail.append(line)
         assert diagnosis.root_cause(tail.lines()) == "KeyError: 'layers.9.mlp'"
 
-    def test_is_found_without_any_prefix(self) -> None:
+    def test_the_root_cause_is_found_without_any_prefix(self) -> None:
         assert diagnosis.root_cause(raised("ImportError: libcuda.so.1: cannot open")) == (
             "ImportError: libcuda.so.1: cannot open"
         )
 
-    def test_is_found_in_the_prefix_of_the_data_parallel_and_debug_modes(self) -> None:
+    def test_the_root_cause_is_found_in_the_prefix_of_the_data_parallel_and_debug_modes(self) -> None:
         output = ["(EngineCore_DP1 pid=99) ERROR 11-20 09:14:49 [v1/engine/core.py:1349] ValueError: no room"]
         assert diagnosis.root_cause(output) == "ValueError: no room"
 
@@ -162,15 +162,15 @@ class TestTheRootCauseOfAFailedStart:
             ("AssertionError:  spaced \t out ", "AssertionError: spaced out"),
         ],
     )
-    def test_is_named_by_its_type_without_the_module(self, line: str, cause: str) -> None:
+    def test_the_root_cause_is_named_by_its_type_without_the_module(self, line: str, cause: str) -> None:
         assert diagnosis.root_cause(logged(CORE, line)) == cause
 
     @pytest.mark.parametrize("line", ["AssertionError", "NotImplementedError"])
-    def test_may_be_an_exception_without_a_text(self, line: str) -> None:
+    def test_the_root_cause_may_be_an_exception_without_a_text(self, line: str) -> None:
         assert diagnosis.root_cause(logged(CORE, *raised(line))) == line
 
     @pytest.mark.parametrize("level", ["WARNING", "INFO", "DEBUG"])
-    def test_is_not_an_exception_that_was_logged_and_lived_with(self, level: str) -> None:
+    def test_the_root_cause_is_not_an_exception_that_was_logged_and_lived_with(self, level: str) -> None:
         output = [
             *logged(WORKER, *raised("ImportError: no flash attention"), level=level),
             *logged(WORKER, *raised("ValueError: no room")),
@@ -191,29 +191,29 @@ class TestTheRootCauseOfAFailedStart:
         ],
         ids=["nothing", "info", "no exception", "progress", "background", "engine dead", "cancelled", "empty lines"],
     )
-    def test_is_none_where_nobody_speaks_of_a_failure_of_its_own(self, output: list[str]) -> None:
+    def test_there_is_no_root_cause_where_no_process_reports_a_failure_of_its_own(self, output: list[str]) -> None:
         assert diagnosis.root_cause(output) is None
 
 
-class TestAProcessThatEndedWithoutAWord:
+class TestSilentExit:
     ENDED = "VllmWorker-0 (pid 13) was killed by SIGKILL"
 
     @pytest.mark.parametrize("how", ["was killed by SIGKILL", "exited with status 1"])
-    def test_is_the_root_cause_where_no_exception_is_known(self, how: str) -> None:
+    def test_a_process_that_ended_without_a_word_is_the_root_cause_where_no_exception_is_known(self, how: str) -> None:
         ended = f"VllmWorker-0 (pid 13) {how}"
         output = [*printed(CORE, ended), *logged(CORE, *raised(BACKGROUND))]
         assert diagnosis.root_cause(output) == ended
 
-    def test_is_not_where_one_is(self) -> None:
+    def test_a_process_that_ended_without_a_word_is_not_the_root_cause_beside_an_exception(self) -> None:
         output = [*printed(CORE, self.ENDED), *logged(CORE, *raised("ValueError: no room"))]
         assert diagnosis.root_cause(output) == "ValueError: no room"
 
-    def test_is_the_first_of_several(self) -> None:
+    def test_a_process_that_ended_without_a_word_is_the_first_of_several(self) -> None:
         output = printed(CORE, self.ENDED, "VllmWorker-1 (pid 14) exited with status 1")
         assert diagnosis.root_cause(output) == self.ENDED
 
 
-class TestACauseThatDoesNotSayWhatToDo:
+class TestAdvice:
     @pytest.mark.parametrize(
         ("module", "kept", "advice"),
         [
@@ -222,16 +222,18 @@ class TestACauseThatDoesNotSayWhatToDo:
             ("torch", "AcceleratorError: CUDA error: out of memory", "lower gpu_memory_utilization"),
         ],
     )
-    def test_comes_with_advice_behind_its_own_words(self, module: str, kept: str, advice: str) -> None:
+    def test_a_cause_that_does_not_say_what_to_do_comes_with_advice_behind_its_own_words(
+        self, module: str, kept: str, advice: str
+    ) -> None:
         sentence = diagnosis.root_cause(logged(WORKER, *raised(f"{module}.{kept}")))
         assert sentence is not None
         assert sentence.startswith(kept)
         assert advice in sentence
 
-    def test_is_told_from_one_that_does(self) -> None:
+    def test_a_cause_that_says_what_to_do_comes_without_advice(self) -> None:
         assert diagnosis.describe(ValueError("no room")) == "ValueError: no room"
 
-    def test_that_lists_all_it_knows_is_cut_short(self) -> None:
+    def test_a_cause_that_lists_all_it_knows_is_cut_short(self) -> None:
         for sentence in (
             diagnosis.root_cause(logged(CORE, "ValueError: none of " + "Architecture, " * 500)),
             diagnosis.describe(ValueError("none of " + "Architecture, " * 500)),
@@ -241,16 +243,16 @@ class TestACauseThatDoesNotSayWhatToDo:
             assert len(sentence) <= diagnosis.MAX_LENGTH
 
 
-class TestTheLastWords:
-    def test_are_the_last_line_that_says_something(self) -> None:
+class TestLastWords:
+    def test_the_last_words_are_the_last_line_that_says_something(self) -> None:
         output = [*logged(CORE, "Loading weights", level="INFO"), "(EngineCore pid=12)", "  "]
         assert diagnosis.last_words(output) == "Loading weights"
 
     @each_style
-    def test_come_without_prefix_and_colours(self, style: Printer) -> None:
+    def test_the_last_words_come_without_prefix_and_colours(self, style: Printer) -> None:
         assert diagnosis.last_words(style(CORE, "waiting for rank 1")) == "waiting for rank 1"
 
-    def test_are_none_where_nothing_was_printed(self) -> None:
+    def test_the_last_words_are_none_where_nothing_was_printed(self) -> None:
         assert diagnosis.last_words([]) is None
         assert diagnosis.last_words(["(EngineCore pid=12)"]) is None
 
@@ -276,46 +278,46 @@ def _invalid(**values: Any) -> ValidationError:
     return caught.value
 
 
-class TestAnExceptionInOneLine:
-    def test_has_its_type_and_text(self) -> None:
+class TestDescribe:
+    def test_an_exception_in_one_line_has_its_type_and_text(self) -> None:
         assert diagnosis.describe(ValueError("no room")) == "ValueError: no room"
 
-    def test_of_several_lines_is_joined(self) -> None:
+    def test_an_exception_in_one_line_of_several_lines_is_joined(self) -> None:
         error = OSError("tiny is not a model.\n\n  Look at\thttps://example.org\n")
         assert diagnosis.describe(error) == "OSError: tiny is not a model. Look at https://example.org"
 
-    def test_without_text_is_its_type(self) -> None:
+    def test_an_exception_in_one_line_without_text_is_its_type(self) -> None:
         assert diagnosis.describe(AssertionError()) == "AssertionError"
 
-    def test_of_pydantic_names_the_field_and_no_boilerplate(self) -> None:
+    def test_an_exception_in_one_line_of_pydantic_names_the_field_and_no_boilerplate(self) -> None:
         sentence = diagnosis.describe(_invalid(tensor_parallel_size="two"))
         assert sentence == (
             "tensor_parallel_size: Input should be a valid integer, unable to parse string as an integer"
         )
 
-    def test_of_pydantic_names_a_field_inside_another(self) -> None:
+    def test_an_exception_in_one_line_of_pydantic_names_a_field_inside_another(self) -> None:
         sentence = diagnosis.describe(_invalid(inner={"a": [1]}))
         assert sentence == "inner.a: Input should be a valid integer"
 
-    def test_of_pydantic_raised_by_a_validator_is_the_validators_sentence(self) -> None:
+    def test_an_exception_in_one_line_of_a_pydantic_validator_is_its_sentence(self) -> None:
         assert diagnosis.describe(_invalid(tensor_parallel_size=7)) == "7 does not divide the 8 attention heads"
 
-    def test_of_pydantic_raised_by_an_assertion_is_the_assertions(self) -> None:
+    def test_an_exception_in_one_line_of_a_pydantic_assertion_is_its_sentence(self) -> None:
         assert diagnosis.describe(_invalid(tensor_parallel_size=8)) == "8 is too many"
 
-    def test_of_pydantic_raised_with_several_lines_is_joined(self) -> None:
+    def test_an_exception_in_one_line_of_pydantic_raised_with_several_lines_is_joined(self) -> None:
         assert diagnosis.describe(_invalid(tensor_parallel_size=9)) == "9 is too many. Take 4."
 
-    def test_of_pydantic_for_a_value_of_the_wrong_type_says_which_is_right(self) -> None:
+    def test_an_exception_in_one_line_of_pydantic_says_which_type_is_right(self) -> None:
         assert diagnosis.describe(_invalid(inner=5)) == "inner: Input should be a valid dictionary"
 
-    def test_of_pydantic_with_several_faults_names_all(self) -> None:
+    def test_an_exception_in_one_line_of_pydantic_with_several_faults_names_all(self) -> None:
         sentence = diagnosis.describe(_invalid(tensor_parallel_size="two", inner=5))
         assert sentence.startswith("tensor_parallel_size: ")
         assert sentence.endswith("; inner: Input should be a valid dictionary")
         assert "\n" not in sentence
 
-    def test_is_not_taken_for_pydantics_by_its_name_alone(self) -> None:
+    def test_an_exception_in_one_line_is_not_taken_for_pydantics_by_its_name_alone(self) -> None:
         class ValidationError(Exception):
             pass
 

@@ -26,8 +26,8 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-class TestAFinding:
-    def test_is_plain_data_for_json(self) -> None:
+class TestFinding:
+    def test_a_finding_is_plain_data_for_json(self) -> None:
         assert Finding("uv", "not found", False, "install uv").as_dict() == {
             "subject": "uv",
             "found": "not found",
@@ -36,7 +36,7 @@ class TestAFinding:
             "degraded": False,
         }
 
-    def test_is_a_row_that_says_what_is_wrong_and_what_to_do(self) -> None:
+    def test_a_finding_is_a_row_that_says_what_is_wrong_and_what_to_do(self) -> None:
         table = doctor.table([Finding("Python", "3.11"), Finding("uv", "not found", False, "install uv")])
         *_, good, bad = table.splitlines()
         assert good.split() == ["ok", "Python", "3.11"]
@@ -52,48 +52,48 @@ class TestAFinding:
         assert max(map(len, table.splitlines())) < 190
 
 
-class TestAVersion:
-    def test_in_the_range_is_right(self) -> None:
+class TestVersion:
+    def test_a_version_in_the_range_is_right(self) -> None:
         finding = doctor._version("vLLM", "0.27.1", version.SUPPORTED)
         assert finding.ok
         assert "0.27.1" in finding.found
         assert finding.advice == ""
 
     @pytest.mark.parametrize("found", ["0.28.1rc1", "0.33.0+cu130", "0.27.1+cpu", "0.30.0.dev5+gabc"])
-    def test_of_a_build_or_a_candidate_in_the_range_is_right(self, found: str) -> None:
+    def test_a_version_of_a_build_or_a_candidate_in_the_range_is_right(self, found: str) -> None:
         assert doctor._version("vLLM", found, version.SUPPORTED).ok
 
     @pytest.mark.parametrize("found", ["0.27.0", "0.34.0", "0.11.2", "1.0"])
-    def test_outside_is_wrong_and_the_range_is_named(self, found: str) -> None:
+    def test_a_version_outside_is_wrong_and_the_range_is_named(self, found: str) -> None:
         finding = doctor._version("vLLM", found, version.SUPPORTED)
         assert not finding.ok
         assert finding.found == found
         assert str(version.SUPPORTED) in finding.advice
 
-    def test_of_what_only_has_to_be_there_is_any(self) -> None:
+    def test_any_version_of_what_only_has_to_be_there_is_right(self) -> None:
         assert "any" in doctor._version("torch", "2.13.0+cpu", SpecifierSet()).found
 
-    def test_that_is_not_found_says_how_to_install(self) -> None:
+    def test_a_version_that_is_not_found_says_how_to_install(self) -> None:
         finding = doctor._version("xinference", None, doctor.XINFERENCE)
         assert not finding.ok
         assert "pip install" in finding.advice
 
-    def test_that_is_no_version_is_wrong_and_no_exception(self) -> None:
+    def test_a_version_that_is_no_version_is_wrong_and_no_exception(self) -> None:
         finding = doctor._version("vLLM", "dev", version.SUPPORTED)
         assert not finding.ok
         assert "dev" in finding.found
 
-    def test_of_a_distribution_is_looked_up_without_importing_it(self) -> None:
+    def test_a_version_of_a_distribution_is_looked_up_without_importing_it(self) -> None:
         assert doctor._installed("pytest") == pytest.__version__
         assert doctor._installed("no-such-distribution-as-this") is None
 
-    def test_of_this_python_is_right(self) -> None:
+    def test_a_version_of_this_python_is_right(self) -> None:
         python, *_ = doctor._versions()
         assert python.subject == "Python"
         assert python.ok
 
 
-class TestTheExtension:
+class TestExtension:
     @pytest.fixture
     def classes(self, monkeypatch: pytest.MonkeyPatch) -> set[str]:
         """The classes that Xinference has behind the engine name."""
@@ -102,7 +102,7 @@ class TestTheExtension:
         return classes
 
     @pytest.mark.parametrize("configured", ["", "another:extension", "xinf_vllm_backend", f"{ENTRY}s"])
-    def test_that_is_not_configured_is_all_there_is_to_say(
+    def test_an_extension_that_is_not_configured_is_the_only_finding(
         self, configured: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("XINFERENCE_EXTENSIONS", configured)
@@ -112,11 +112,13 @@ class TestTheExtension:
         assert finding.found == (configured or "not set")
 
     @pytest.mark.parametrize("configured", [ENTRY, f"another:extension, {ENTRY}", f" {ENTRY} ,x:y"])
-    def test_may_stand_among_others(self, configured: str, classes: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_extension_may_stand_among_others(
+        self, configured: str, classes: set[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setenv("XINFERENCE_EXTENSIONS", configured)
         assert all(finding.ok for finding in doctor._extension())
 
-    def test_of_somebody_else_behind_the_name_is_wrong(
+    def test_the_extension_of_somebody_else_behind_the_name_is_wrong(
         self, classes: set[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("XINFERENCE_EXTENSIONS", ENTRY)
@@ -126,13 +128,15 @@ class TestTheExtension:
         assert not behind.ok
         assert "xinference.model.llm.vllm.core.VLLMModel" in behind.found
 
-    def test_with_nothing_behind_the_name_is_wrong(self, classes: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_extension_with_nothing_behind_the_name_is_wrong(
+        self, classes: set[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setenv("XINFERENCE_EXTENSIONS", ENTRY)
         classes.clear()
         *_, behind = doctor._extension()
         assert (behind.ok, behind.found) == (False, "none")
 
-    def test_that_cannot_be_imported_shows_the_error_that_xinference_meets(
+    def test_the_extension_that_cannot_be_imported_shows_the_error_that_xinference_meets(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("XINFERENCE_EXTENSIONS", ENTRY)
@@ -141,7 +145,7 @@ class TestTheExtension:
         assert behind.found.startswith("ModuleNotFoundError: ")
 
 
-class TestTheEngine:
+class TestEngine:
     def test_every_seam_that_is_gone_says_what_is_lost(self) -> None:
         findings = list(doctor._seams())
         assert len(findings) == len(SEAMS)
@@ -176,7 +180,9 @@ class TestTheEngine:
         assert finding.found.startswith("unknown")
 
     @pytest.mark.parametrize(("method", "ok"), [("spawn", True), ("fork", False)])
-    def test_only_a_fork_is_wrong(self, method: str, ok: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_of_the_start_methods_only_fork_is_wrong(
+        self, method: str, ok: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(doctor.preload, "resolve", lambda method: "zygote")
         monkeypatch.setattr(doctor.start, "start_method", lambda: method)
         finding = doctor._start_method()
@@ -184,33 +190,33 @@ class TestTheEngine:
         assert bool(finding.advice) is not ok
 
 
-class TestTheVirtualenvs:
-    def test_need_uv(self, monkeypatch: pytest.MonkeyPatch) -> None:
+class TestVirtualenvs:
+    def test_virtualenvs_need_uv(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
         finding = doctor._virtualenv()
         assert not finding.ok
         assert "install uv" in finding.advice
 
     @pytest.mark.parametrize("off", ["0", "false"])
-    def test_need_nothing_when_they_are_off(self, off: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_virtualenvs_need_nothing_when_they_are_off(self, off: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
         monkeypatch.setenv("XINFERENCE_ENABLE_VIRTUAL_ENV", off)
         assert doctor._virtualenv().ok
 
-    def test_are_served_by_a_uv_on_the_path(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_virtualenvs_are_served_by_a_uv_on_the_path(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/bin/{name}")
         finding = doctor._virtualenv()
         assert (finding.ok, finding.found) == (True, "/bin/uv")
 
 
-class TestTheWholeExamination:
-    def test_goes_through_where_nothing_is_installed(self) -> None:
+class TestExamination:
+    def test_the_examination_goes_through_where_nothing_is_installed(self) -> None:
         findings = doctor.examine()
         assert {finding.ok for finding in findings} == {True, False}
         assert all(finding.advice for finding in findings if not finding.ok)
         assert doctor.table(findings)
 
-    def test_keeps_vllms_log_out_of_the_findings_unless_the_user_asks_for_it(
+    def test_the_examination_keeps_vllms_log_out_unless_the_user_asks_for_it(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         doctor.examine()

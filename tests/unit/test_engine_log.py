@@ -67,12 +67,12 @@ def logs(tmp_path: Path) -> Iterator[Logs]:
         yield made
 
 
-class TestALineOfAnEngineProcess:
-    def test_is_written_with_its_level_source_and_pid_once(self, logs: Logs) -> None:
+class TestEngineLine:
+    def test_a_line_of_an_engine_process_is_written_with_its_level_source_and_pid_once(self, logs: Logs) -> None:
         engine_log.write("(EngineCore pid=12) WARNING 11-20 09:00:00 [core.py:1275] cache is small")
         assert logs.written() == ["WARNING vllm.EngineCore 12|[core.py:1275] cache is small"]
 
-    def test_does_not_appear_on_the_console_again(self, logs: Logs) -> None:
+    def test_a_line_of_an_engine_process_does_not_appear_on_the_console_again(self, logs: Logs) -> None:
         engine_log.write("(Worker_TP0 pid=12) INFO 11-20 09:00:00 [worker.py:1] loaded")
         assert logs.written() == ["INFO vllm.Worker_TP0 12|[worker.py:1] loaded"]
         assert logs.console.getvalue() == ""
@@ -91,16 +91,18 @@ class TestALineOfAnEngineProcess:
             ),
         ],
     )
-    def test_loses_nothing_but_what_the_file_says_anyway(self, logs: Logs, line: str, written: str) -> None:
+    def test_a_line_of_an_engine_process_loses_nothing_but_what_the_file_says_anyway(
+        self, logs: Logs, line: str, written: str
+    ) -> None:
         engine_log.write(line)
         assert logs.written() == [written]
 
     @pytest.mark.parametrize("line", ["", "(Worker pid=12)", "(Worker pid=12) ", "\x1b[A"])
-    def test_is_left_out_when_it_says_nothing(self, logs: Logs, line: str) -> None:
+    def test_a_line_of_an_engine_process_is_left_out_when_it_says_nothing(self, logs: Logs, line: str) -> None:
         engine_log.write(line)
         assert logs.written() == []
 
-    def test_is_left_out_when_it_is_a_progress_bar_on_its_way(self, logs: Logs) -> None:
+    def test_a_line_of_an_engine_process_is_left_out_when_it_is_a_progress_bar_on_its_way(self, logs: Logs) -> None:
         ends = (
             "Loading shards: 100% Completed | 2/2 [00:00<00:00, 3.05it/s]",
             "Capturing CUDA graphs: 100%|██████████| 10/10 [00:01<00:00,  6.77it/s]",
@@ -114,18 +116,18 @@ class TestALineOfAnEngineProcess:
             engine_log.write(f"(Worker pid=12) {line}")
         assert logs.written() == [f"INFO vllm.Worker 12|{end}" for end in ends]
 
-    def test_is_written_only_from_the_level_of_the_file_on(self, logs: Logs) -> None:
+    def test_a_line_of_an_engine_process_is_written_only_from_the_level_of_the_file_on(self, logs: Logs) -> None:
         logs.file.setLevel(logging.ERROR)
         engine_log.write("(EngineCore pid=12) WARNING 11-20 09:00:00 [core.py:1] slow")
         engine_log.write("(EngineCore pid=12) ERROR 11-20 09:00:00 [core.py:2] dead")
         assert logs.written() == ["ERROR vllm.EngineCore 12|[core.py:2] dead"]
 
-    def test_without_a_level_is_written_whatever_the_level_of_the_file(self, logs: Logs) -> None:
+    def test_a_line_without_a_level_is_written_whatever_the_level_of_the_file(self, logs: Logs) -> None:
         logs.file.setLevel(logging.ERROR)
         engine_log.write("(EngineCore pid=12) ValueError: no room")
         assert logs.written() == ["INFO vllm.EngineCore 12|ValueError: no room"]
 
-    def test_goes_to_a_file_that_is_rotated(self, logs: Logs, tmp_path: Path) -> None:
+    def test_a_line_of_an_engine_process_goes_to_a_file_that_is_rotated(self, logs: Logs, tmp_path: Path) -> None:
         rotating = RotatingFileHandler(tmp_path / "small.log", maxBytes=150, backupCount=2)
         logs.set("xinference", logs.handler(rotating))
         for number in range(6):
@@ -134,23 +136,23 @@ class TestALineOfAnEngineProcess:
         text = "".join((tmp_path / name).read_text() for name in ("small.log.1", "small.log"))
         assert text.splitlines() == [f"INFO vllm.EngineCore 12|line {number}" for number in range(6)]
 
-    def test_goes_where_xinferences_lines_go_when_those_propagate(self, logs: Logs) -> None:
+    def test_a_line_of_an_engine_process_goes_where_xinferences_lines_go_when_those_propagate(self, logs: Logs) -> None:
         logs.set("xinference", propagate=True)
         engine_log.write("one")
         logs.set("xinference", logs.file, propagate=True)
         engine_log.write("two")
         assert logs.written() == [f"INFO vllm {US}|one", f"INFO vllm {US}|two"]
 
-    def test_goes_nowhere_without_a_file(self, logs: Logs) -> None:
+    def test_a_line_of_an_engine_process_goes_nowhere_without_a_file(self, logs: Logs) -> None:
         logs.set("xinference", logging.StreamHandler(logs.console))
         engine_log.write("(EngineCore pid=12) ERROR 11-20 09:00:00 [core.py:2] dead")
         assert logs.written() == []
         assert logs.console.getvalue() == ""
 
 
-class TestAFileThatCannotBeWritten:
+class TestUnwritableFile:
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the disk that is always full is Linux's")
-    def test_raises_nothing_prints_nothing_and_is_not_given_up(
+    def test_a_file_that_cannot_be_written_raises_nothing_prints_nothing_and_is_not_given_up(
         self, logs: Logs, capsys: pytest.CaptureFixture[str]
     ) -> None:
         full = logging.FileHandler("/dev/full")
@@ -162,11 +164,13 @@ class TestAFileThatCannotBeWritten:
         with contextlib.suppress(OSError):
             full.close()
 
-    def test_or_opened_raises_nothing(self, logs: Logs, tmp_path: Path) -> None:
+    def test_a_file_that_cannot_be_opened_raises_nothing(self, logs: Logs, tmp_path: Path) -> None:
         logs.set("xinference", logging.FileHandler(tmp_path / "gone" / "log", delay=True))
         engine_log.write("one")
 
-    def test_still_tells_others_of_its_errors(self, logs: Logs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_file_that_cannot_be_written_still_tells_others_of_its_errors(
+        self, logs: Logs, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         told: list[logging.LogRecord] = []
         monkeypatch.setattr(RotatingFileHandler, "handleError", lambda self, record: told.append(record))
         monkeypatch.setattr(logs.file, "format", lambda record: 1 / 0)
@@ -175,7 +179,9 @@ class TestAFileThatCannotBeWritten:
         logging.getLogger("xinference").info("two")
         assert [record.msg for record in told] == ["two"]
 
-    def test_says_nothing_to_a_stderr_that_goes_to_it(self, logs: Logs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_file_that_cannot_be_written_says_nothing_to_a_stderr_that_goes_to_it(
+        self, logs: Logs, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         class ToLogger(io.StringIO):
             def write(self, text: str) -> int:
                 logging.getLogger("xinference.stderr").info(text)
@@ -203,7 +209,7 @@ def test_threads_do_not_mix_their_lines(logs: Logs) -> None:
     assert sorted(logs.written()) == sorted(f"INFO vllm.Worker {n}|{each}" for n in range(1, 5) for each in range(50))
 
 
-class TestVllmsLoggerOfThisProcess:
+class TestOwnVllmLogger:
     @pytest.fixture
     def stdout(self, logs: Logs) -> io.StringIO:
         """vLLM's logger as vLLM sets it when it is imported."""
@@ -211,13 +217,17 @@ class TestVllmsLoggerOfThisProcess:
         logs.set("vllm", logging.StreamHandler(stream))
         return stream
 
-    def test_reaches_the_file_once_however_often_it_is_included(self, logs: Logs, stdout: io.StringIO) -> None:
+    def test_vllms_logger_of_this_process_reaches_the_file_once_however_often_it_is_included(
+        self, logs: Logs, stdout: io.StringIO
+    ) -> None:
         for _ in range(3):
             engine_log.include_vllm_logger()
         logging.getLogger("vllm.v1.engine.async_llm").warning("slow: %d", 3)
         assert logs.written() == [f"WARNING vllm.v1.engine.async_llm {US}|slow: 3"]
 
-    def test_keeps_its_own_handler_and_gets_no_other_console(self, logs: Logs, stdout: io.StringIO) -> None:
+    def test_vllms_logger_of_this_process_keeps_its_own_handler_and_gets_no_other_console(
+        self, logs: Logs, stdout: io.StringIO
+    ) -> None:
         engine_log.include_vllm_logger()
         logging.getLogger("vllm.config").info("text")
         assert stdout.getvalue() == "text\n"
@@ -230,7 +240,7 @@ class TestVllmsLoggerOfThisProcess:
             pytest.param(lambda logs: logs.set("vllm", logs.file), id="it has it"),
         ],
     )
-    def test_is_left_alone_where_it_reaches_the_file_already(
+    def test_vllms_logger_of_this_process_is_left_alone_where_it_reaches_the_file_already(
         self, logs: Logs, of_their_own: Callable[[Logs], None]
     ) -> None:
         of_their_own(logs)
@@ -238,7 +248,7 @@ class TestVllmsLoggerOfThisProcess:
         logging.getLogger("vllm").info("text")
         assert logs.written() == [f"INFO vllm {US}|text"]
 
-    def test_stays_as_it_is_without_a_file(self, logs: Logs, stdout: io.StringIO) -> None:
+    def test_vllms_logger_of_this_process_stays_as_it_is_without_a_file(self, logs: Logs, stdout: io.StringIO) -> None:
         logs.set("xinference")
         before = logging.getLogger("vllm").handlers[:]
         engine_log.include_vllm_logger()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -54,8 +55,8 @@ def changed() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("changed")
-class TestAPrivateChange:
-    def test_is_seen_by_whoever_reads_a_variable(self) -> None:
+class TestPrivateChange:
+    def test_a_private_change_is_seen_when_a_variable_is_read(self) -> None:
         assert os.environ[SET] == os.environ[NEW] == "private"
         assert os.environ.get(SET) == os.getenv(SET) == "private"
         with pytest.raises(KeyError, match=DELETED):
@@ -63,7 +64,7 @@ class TestAPrivateChange:
         assert os.environ.get(DELETED) is os.getenv(DELETED) is None
         assert os.getenv(DELETED, "default") == "default"
 
-    def test_is_seen_by_whoever_reads_them_all(self, real: dict[str, str]) -> None:
+    def test_a_private_change_is_seen_when_all_variables_are_read(self, real: dict[str, str]) -> None:
         expected = {**real, SET: "private", NEW: "private"}
         del expected[DELETED]
         assert everything() == expected
@@ -74,30 +75,30 @@ class TestAPrivateChange:
         assert sorted(os.environ.values()) == sorted(everything_there.values())
         assert len(os.environ) == len(everything_there)
 
-    def test_is_seen_by_whoever_asks_what_is_there(self) -> None:
+    def test_a_private_change_is_seen_when_a_variable_is_looked_for(self) -> None:
         assert [name in os.environ for name in (SET, NEW, DELETED)] == [True, True, False]
 
-    def test_is_seen_by_whoever_holds_the_environment_itself(self) -> None:
+    def test_a_private_change_is_seen_in_a_reference_to_the_environment(self) -> None:
         assert environ is os.environ
         assert environ[SET] == "private"
 
-    def test_is_not_there_for_another_thread(self, real: dict[str, str]) -> None:
+    def test_a_private_change_is_not_there_for_another_thread(self, real: dict[str, str]) -> None:
         assert on_another_thread(everything) == real
         assert on_another_thread(lambda: [os.getenv(name) for name in (SET, NEW, DELETED)]) == ["real", None, "real"]
         assert on_another_thread(lambda: len(os.environ) == len(list(os.environ)))
 
-    def test_is_not_there_in_c(self) -> None:
+    def test_a_private_change_is_not_there_in_c(self) -> None:
         assert os.environb[SET.encode()] == b"real"
         script = f"import os; print(os.environ['{SET}'])"
         assert subprocess.check_output([sys.executable, "-c", script], text=True, timeout=TIMEOUT) == "real\n"
 
-    def test_can_be_undone(self) -> None:
+    def test_a_private_change_can_be_undone(self) -> None:
         os.environ[SET] = "real"
         os.environ[DELETED] = "real"
         del os.environ[NEW]
         assert (os.environ[SET], os.environ[DELETED], NEW in os.environ) == ("real", "real", False)
 
-    def test_hides_what_another_thread_changes_and_nothing_else(self) -> None:
+    def test_a_private_change_hides_what_another_thread_changes_and_nothing_else(self) -> None:
         def change(value: str) -> None:
             os.environ.update({SET: value, DELETED: value, OTHER: value})
 
@@ -107,24 +108,24 @@ class TestAPrivateChange:
         on_another_thread(lambda: os.environ.pop(OTHER))
 
 
-class TestWhileChangesArePrivate:
+class TestMappingWithPrivateChanges:
     @pytest.fixture(autouse=True)
     def private(self, real: dict[str, str]) -> Iterator[None]:
         with environment.private():
             yield
 
     @pytest.mark.parametrize("value", ["", "x=y", "äöü", "\\udcff"])
-    def test_values_come_back_as_they_were_given(self, value: str) -> None:
+    def test_with_private_changes_values_come_back_as_they_were_given(self, value: str) -> None:
         os.environ[NEW] = value
         assert os.environ[NEW] == value
 
-    def test_setdefault_sets_only_what_is_missing(self) -> None:
+    def test_with_private_changes_setdefault_sets_only_what_is_missing(self) -> None:
         assert os.environ.setdefault(SET, "default") == "real"
         assert os.environ.setdefault(NEW, "default") == "default"
         del os.environ[SET]
         assert os.environ.setdefault(SET, "default") == "default"
 
-    def test_pop_takes_out(self) -> None:
+    def test_with_private_changes_pop_takes_out(self) -> None:
         assert os.environ.pop(SET) == "real"
         assert os.environ.pop(SET, None) is None
         with pytest.raises(KeyError):
@@ -134,17 +135,17 @@ class TestWhileChangesArePrivate:
         with pytest.raises(KeyError):
             del os.environ[NEW]
 
-    def test_update_sets_all(self) -> None:
+    def test_with_private_changes_update_sets_all(self) -> None:
         os.environ.update({SET: "updated"}, **{NEW: "updated"})
         os.environ |= {DELETED: "updated"}
         assert [os.environ[name] for name in (SET, NEW, DELETED)] == ["updated"] * 3
 
-    def test_clear_leaves_none(self) -> None:
+    def test_with_private_changes_clear_leaves_none(self) -> None:
         os.environ.clear()
         assert (dict(os.environ), len(os.environ), list(os.environ)) == ({}, 0, [])
 
     @pytest.mark.parametrize("bad", [1, None, b"bytes"])
-    def test_what_is_no_text_is_refused_as_ever(self, bad: Any) -> None:
+    def test_with_private_changes_what_is_no_text_is_refused(self, bad: Any) -> None:
         with pytest.raises(TypeError, match="str expected, not"):
             os.environ[NEW] = bad
         with pytest.raises(TypeError, match="str expected, not"):
@@ -153,34 +154,34 @@ class TestWhileChangesArePrivate:
             os.environ[bad]
         assert NEW not in os.environ
 
-    def test_inner_changes_are_over_before_outer_ones(self) -> None:
+    def test_inner_private_changes_are_over_before_outer_ones(self) -> None:
         os.environ[SET] = "outer"
         with environment.private(**{NEW: "inner"}):
             os.environ[SET] = "inner"
             assert (os.environ[SET], os.environ[NEW]) == ("inner", "inner")
         assert (os.environ[SET], NEW in os.environ) == ("outer", False)
 
-    def test_outer_changes_are_seen_within_inner_ones(self) -> None:
+    def test_outer_private_changes_are_seen_within_inner_ones(self) -> None:
         os.environ[SET] = "outer"
         del os.environ[DELETED]
         with environment.private(**{NEW: "inner"}):
             assert (os.environ[SET], DELETED in os.environ, os.environ[NEW]) == ("outer", False, "inner")
 
 
-class TestAfterwards:
-    def test_nothing_has_changed(self, real: dict[str, str]) -> None:
+class TestAfterPrivateChanges:
+    def test_after_private_changes_nothing_has_changed(self, real: dict[str, str]) -> None:
         with environment.private(**{SET: "private"}):
             os.environ[NEW] = "private"
             del os.environ[DELETED]
         assert everything() == real
 
-    def test_nothing_has_changed_when_it_failed(self, real: dict[str, str]) -> None:
+    def test_after_private_changes_nothing_has_changed_when_it_failed(self, real: dict[str, str]) -> None:
         with pytest.raises(ZeroDivisionError), environment.private(**{SET: "private"}):
             os.environ.clear()
             raise ZeroDivisionError
         assert everything() == real
 
-    def test_changes_are_real_again(self) -> None:
+    def test_after_private_changes_further_ones_are_public(self) -> None:
         with environment.private():
             pass
         os.environ[NEW] = "real"
@@ -190,7 +191,7 @@ class TestAfterwards:
 
 
 class TestManyThreads:
-    def test_each_see_their_own(self, real: dict[str, str]) -> None:
+    def test_each_of_many_threads_sees_its_own_private_changes(self, real: dict[str, str]) -> None:
         count = 8
         all_are_here = threading.Barrier(count, timeout=TIMEOUT)
         seen: dict[int, tuple[str, int, list[str]]] = {}
@@ -213,15 +214,15 @@ class TestManyThreads:
         assert seen == {number: (str(number), len(real) + 1, [f"{NEW}_{number}"]) for number in range(count)}
 
 
-class TestAPublicChange:
-    def test_is_there_for_all_and_then_for_nobody(self, real: dict[str, str]) -> None:
+class TestPublicChange:
+    def test_a_public_change_is_there_for_all_and_then_undone(self, real: dict[str, str]) -> None:
         with environment.public(**{SET: "public", NEW: "public"}):
             for name in (SET, NEW):
                 assert os.environb[name.encode()] == b"public"
-                assert on_another_thread(lambda name=name: os.environ[name]) == "public"
+                assert on_another_thread(functools.partial(os.environ.get, name)) == "public"
         assert everything() == real
 
-    def test_is_over_also_when_it_failed(self, real: dict[str, str]) -> None:
+    def test_a_public_change_is_over_also_when_it_failed(self, real: dict[str, str]) -> None:
         with pytest.raises(ZeroDivisionError), environment.public(**{SET: "public", NEW: "public"}):
             raise ZeroDivisionError
         assert everything() == real

@@ -35,34 +35,34 @@ def _as_rebuilt_by_xoscar(error: Exception) -> Exception:
     return rebuilt
 
 
-class TestEveryErrorCrossesProcessBorders:
+class TestPickling:
     def test_there_are_errors_to_look_at(self) -> None:
         assert errors.EngineDiedError in ERRORS
         assert len(ERRORS) >= 7
 
     @each_error
-    def test_it_survives_pickling_with_its_one_string(self, error: type[Exception]) -> None:
+    def test_every_error_survives_pickling_with_its_one_string(self, error: type[Exception]) -> None:
         copy = pickle.loads(pickle.dumps(error(SENTENCE)))
         assert type(copy) is error
         assert copy.args == (SENTENCE,)
         assert str(copy) == SENTENCE
 
     @each_error
-    def test_it_can_be_made_without_arguments(self, error: type[Exception]) -> None:
+    def test_every_error_can_be_made_without_arguments(self, error: type[Exception]) -> None:
         assert error().args == ()
 
     @each_error
-    def test_it_survives_what_xoscar_does_to_it(self, error: type[Exception]) -> None:
+    def test_every_error_survives_what_xoscar_does_to_it(self, error: type[Exception]) -> None:
         rebuilt = _as_rebuilt_by_xoscar(pickle.loads(pickle.dumps(error(SENTENCE))))
         assert isinstance(rebuilt, error)
         assert str(rebuilt) == f"[address=127.0.0.1:1, pid=1] {SENTENCE}"
         assert rebuilt.args == (SENTENCE,)
 
     @each_error
-    def test_it_holds_nothing_but_its_string(self, error: type[Exception]) -> None:
+    def test_every_error_holds_nothing_but_its_string(self, error: type[Exception]) -> None:
         assert vars(error(SENTENCE)) == {}
 
-    def test_the_process_that_unpickles_one_needs_nothing_but_the_standard_library(self) -> None:
+    def test_errors_are_unpickled_with_nothing_but_the_standard_library(self) -> None:
         # Xinference's supervisor may lack vLLM; an error that cannot be unpickled there hides what went wrong.
         script = (
             "import pickle, sys; error = pickle.loads(sys.stdin.buffer.read());"

@@ -29,15 +29,15 @@ def looks(hang: HangClock, clock: Clock, times: int, works: bool = False) -> lis
 
 
 class TestSilence:
-    def test_is_a_hang_after_the_time_out_and_not_before(self, hang: HangClock, clock: Clock) -> None:
+    def test_silence_is_a_hang_after_the_time_out_and_not_before(self, hang: HangClock, clock: Clock) -> None:
         assert looks(hang, clock, 10) == [False] * 9 + [True]
 
-    def test_is_ended_by_any_sign_of_life(self, hang: HangClock, clock: Clock) -> None:
+    def test_silence_is_ended_by_any_sign_of_life(self, hang: HangClock, clock: Clock) -> None:
         looks(hang, clock, 9)
         hang.heard()
         assert looks(hang, clock, 10) == [False] * 9 + [True]
 
-    def test_does_not_count_while_nobody_looked(self, hang: HangClock, clock: Clock) -> None:
+    def test_silence_does_not_count_while_nobody_looked(self, hang: HangClock, clock: Clock) -> None:
         clock.now += 3600.0  # the machine slept, or this process was held up
         assert not hang.look(False)
         assert not any(looks(hang, clock, 7))
@@ -55,10 +55,10 @@ class TestSilence:
 
 
 class TestWork:
-    def test_is_no_silence(self, hang: HangClock, clock: Clock) -> None:
+    def test_work_is_no_silence(self, hang: HangClock, clock: Clock) -> None:
         assert not any(looks(hang, clock, 50, works=True))
 
-    def test_that_ends_begins_the_silence(self, hang: HangClock, clock: Clock) -> None:
+    def test_work_that_ends_begins_the_silence(self, hang: HangClock, clock: Clock) -> None:
         looks(hang, clock, 50, works=True)
         assert looks(hang, clock, 10) == [False] * 9 + [True]
 
@@ -75,7 +75,7 @@ class TestWork:
 CORE, ONE, OTHER = 1, 2, 3
 
 
-class TestWhetherAnEngineWorks:
+class TestWorkload:
     @pytest.fixture
     def workload(self, clock: Clock) -> Workload:
         workload = Workload(clock)
@@ -83,24 +83,24 @@ class TestWhetherAnEngineWorks:
         clock.now += 1.0
         return workload
 
-    def test_not_known_at_first(self, clock: Clock) -> None:
+    def test_whether_an_engine_works_is_not_known_at_first(self, clock: Clock) -> None:
         workload = Workload(clock)
         clock.now += 1.0
         assert not workload.works({ONE: 5.0}, {CORE: 5.0})
 
-    def test_all_workers_compute(self, workload: Workload) -> None:
+    def test_an_engine_works_when_all_its_workers_compute(self, workload: Workload) -> None:
         assert workload.works({ONE: 5.9, OTHER: 5.9}, {CORE: 5.0})
 
-    def test_one_worker_hangs_and_the_other_spins_while_it_waits(self, workload: Workload) -> None:
+    def test_an_engine_does_not_work_when_one_worker_hangs_and_the_other_spins(self, workload: Workload) -> None:
         assert not workload.works({ONE: 6.0, OTHER: 5.0}, {CORE: 5.0})
 
-    def test_engine_core_computes_and_its_workers_wait(self, workload: Workload) -> None:
+    def test_an_engine_works_when_engine_core_computes_and_its_workers_wait(self, workload: Workload) -> None:
         assert workload.works({ONE: 5.01, OTHER: 5.01}, {CORE: 5.5})
 
-    def test_all_wait(self, workload: Workload) -> None:
+    def test_an_engine_does_not_work_when_all_its_processes_wait(self, workload: Workload) -> None:
         assert not workload.works({ONE: 5.015, OTHER: 5.015}, {CORE: 5.01})
 
-    def test_an_engine_core_that_is_its_own_worker(self, clock: Clock) -> None:
+    def test_an_engine_core_that_is_its_own_worker_works_when_it_computes(self, clock: Clock) -> None:
         workload = Workload(clock)
         workload.works({}, {CORE: 1.0})
         clock.now += 1.0
@@ -108,5 +108,5 @@ class TestWhetherAnEngineWorks:
         clock.now += 1.0
         assert not workload.works({}, {CORE: 1.81})
 
-    def test_a_process_that_is_new_tells_nothing(self, workload: Workload) -> None:
+    def test_a_process_that_is_new_does_not_tell_whether_the_engine_works(self, workload: Workload) -> None:
         assert not workload.works({4: 100.0}, {CORE: 5.0})

@@ -37,80 +37,82 @@ class Child:
         return self.tail.lines()
 
 
-class TestTheTail:
-    def test_keeps_the_last_lines_and_no_more(self) -> None:
+class TestTail:
+    def test_the_tail_keeps_the_last_lines_and_no_more(self) -> None:
         tail = OutputTail(max_lines=3)
         for number in range(10):
             tail.append(str(number))
         assert tail.lines() == ["7", "8", "9"]
 
-    def test_is_bounded_also_for_a_line_without_an_end(self) -> None:
+    def test_the_tail_is_bounded_also_for_a_line_without_an_end(self) -> None:
         tail = OutputTail()
         tail.append("x" * 10 * MAX_LINE_LENGTH)
         assert tail.lines() == ["x" * MAX_LINE_LENGTH]
 
-    def test_can_be_emptied(self) -> None:
+    def test_the_tail_can_be_emptied(self) -> None:
         tail = OutputTail()
         tail.append("old")
         tail.clear()
         assert tail.lines() == []
 
-    def test_given_out_is_a_copy(self) -> None:
+    def test_the_tail_gives_out_a_copy(self) -> None:
         tail = OutputTail()
         lines = tail.lines()
         tail.append("new")
         assert lines == []
 
 
-class TestWhatAChildPrints:
-    def test_is_kept_line_by_line(self) -> None:
+class TestPrintedLines:
+    def test_what_a_child_prints_is_kept_line_by_line(self) -> None:
         child = Child()
         child.prints(b"one\ntwo\n")
         assert child.lines() == ["one", "two"]
 
-    def test_is_put_together_from_pieces(self) -> None:
+    def test_what_a_child_prints_is_put_together_from_pieces(self) -> None:
         child = Child()
         for piece in (b"Value", b"Error: ", b"no room\nne", b"xt\n"):
             child.prints(piece)
         assert child.lines() == ["ValueError: no room", "next"]
 
-    def test_last_is_kept_also_without_the_end_of_its_line(self) -> None:
+    def test_what_a_child_prints_last_is_kept_also_without_an_end_of_line(self) -> None:
         child = Child()
         child.prints(b"one\nFatal Python error")
         assert child.lines() == ["one", "Fatal Python error"]
 
-    def test_keeps_each_state_of_a_progress_bar_and_vllms_line_ends(self) -> None:
+    def test_what_a_child_prints_keeps_each_state_of_a_progress_bar_and_vllms_line_ends(self) -> None:
         child = Child()
         child.prints(b"  0%\r 50%\r100%\nTraceback:\r\n  File\r\n\n")
         assert child.lines() == ["  0%", " 50%", "100%", "Traceback:", "  File"]
 
-    def test_may_be_no_text_at_all(self) -> None:
+    def test_what_a_child_prints_may_be_no_text_at_all(self) -> None:
         child = Child()
         child.prints(b"\xff\xfe caf\xe9\n")
         assert child.lines() == ["\ufffd\ufffd caf\ufffd"]
 
-    def test_of_several_bytes_a_character_may_come_in_pieces(self) -> None:
+    def test_a_character_of_several_bytes_may_come_in_pieces(self) -> None:
         child = Child()
         text = "模型\n".encode()
         child.prints(text[:2])
         child.prints(text[2:])
         assert child.lines() == ["模型"]
 
-    def test_is_passed_on_to_our_own_stderr_unchanged(self, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_what_a_child_prints_is_passed_on_to_our_own_stderr_unchanged(
+        self, capfd: pytest.CaptureFixture[str]
+    ) -> None:
         child = Child()
         child.prints(b"\x1b[31mred\x1b[0m\r\n\n50%\rno end")
         child.lines()
         assert capfd.readouterr().err == "\x1b[31mred\x1b[0m\r\n\n50%\rno end"
 
-    def test_keeps_the_beginning_of_a_line_that_is_too_long_for_one_read(self) -> None:
+    def test_the_beginning_of_a_line_that_is_too_long_for_one_read_is_kept(self) -> None:
         child = Child()
         line = b"ValueError: " + b"x" * (1 << 16)
         child.prints(line + b"\n")
         assert child.lines() == [line[:MAX_LINE_LENGTH].decode()]
 
 
-class TestWhatAChildReports:
-    def test_reaches_the_listener_in_order(self) -> None:
+class TestReports:
+    def test_what_a_child_reports_reaches_the_listener_in_order(self) -> None:
         heard: list[str] = []
         child = Child(heard.append)
         for message in ("weights", "记忆", "warm-up"):
@@ -118,20 +120,20 @@ class TestWhatAChildReports:
         child.lines()
         assert heard == ["weights", "记忆", "warm-up"]
 
-    def test_is_read_also_where_nobody_listens(self) -> None:
+    def test_what_a_child_reports_is_read_also_where_nobody_listens(self) -> None:
         child = Child(None)
         child.reports.send_bytes(b"weights")
         child.prints(b"one\n")
         assert child.lines() == ["one"]
 
-    def test_may_end_before_the_output(self) -> None:
+    def test_what_a_child_reports_may_end_before_the_output(self) -> None:
         child = Child()
         child.reports.close()
         child.prints(b"one\n")
         assert child.lines() == ["one"]
 
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-    def test_does_not_end_the_reading_when_the_listener_fails(self) -> None:
+    def test_what_a_child_reports_does_not_end_the_reading_when_the_listener_fails(self) -> None:
         called = threading.Event()
 
         def fail(message: str) -> None:
@@ -144,11 +146,11 @@ class TestWhatAChildReports:
         child.prints(b"one\n")
         assert child.lines() == ["one"]
 
-    def test_goes_nowhere_outside_an_engine_process(self) -> None:
+    def test_what_a_child_reports_goes_nowhere_outside_an_engine_process(self) -> None:
         assert bootstrap.inherited_handles().reports is None
         bootstrap.report("weights")
 
-    def test_is_never_worth_failing_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_what_a_child_cannot_report_is_no_failure(self, monkeypatch: pytest.MonkeyPatch) -> None:
         reader, writer = Pipe(duplex=False)
         reader.close()
         monkeypatch.setattr(bootstrap, "_handles", bootstrap.InheritedHandles(reports=writer))

@@ -11,14 +11,14 @@ from xinf_vllm_backend.engine.seams import platform
 from xinf_vllm_backend.process import ports
 
 
-def test_each_has_some_of_its_own_whoever_asks() -> None:
+def test_each_engine_has_ports_of_its_own() -> None:
     with ThreadPoolExecutor(8) as pool:
         first = sorted(pool.map(lambda _: ports.first(), range(100)))
     assert all(later - earlier >= ports.SPAN for earlier, later in pairwise(first))
     assert first[0] >= ports.FIRST and first[-1] < 32_768  # where Linux takes ports for connections
 
 
-def test_the_users_own_choice_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ports_that_the_user_chose_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_PORT", raising=False)
     assert platform.port_environment().keys() == {"VLLM_PORT"}
     monkeypatch.setenv("VLLM_PORT", "20000")

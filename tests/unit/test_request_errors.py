@@ -77,7 +77,8 @@ def test_an_error_of_ours_stays_what_it_is() -> None:
 
 def test_only_vllms_exceptions_are_explained() -> None:
     assert cause_of(ValueError("of Xinference")) is None
-    wrapper, inner = vllms("EngineGenerateError", ServerError)(), KeyError("slot")
+    wrapper: BaseException = vllms("EngineGenerateError", ServerError)()
+    inner = KeyError("slot")
     assert cause_of(wrapper) is wrapper
     wrapper.__cause__ = inner
     assert cause_of(wrapper) is inner

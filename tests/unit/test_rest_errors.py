@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import inspect
 import json
-import sys
 from collections.abc import Awaitable, Callable
-from types import ModuleType
 from typing import Any
 
 import pytest
 from pydantic.v1 import BaseModel, ValidationError
+from stubs import put_modules
 
 from xinf_vllm_backend import errors
 from xinf_vllm_backend.plugin import rest_errors
@@ -46,16 +45,14 @@ class App:
 def api(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A new ``RESTfulAPI`` class, in an Xinference and a FastAPI that have nothing else."""
     cls: Any = type("RESTfulAPI", (), {"handle_request_limit_error": RESTfulAPI.__dict__["handle_request_limit_error"]})
-    for name, content in {
+    modules: dict[str, dict[str, Any]] = {
         "fastapi": {"HTTPException": HTTPError, "Request": object},
         "fastapi.responses": {"JSONResponse": JSONResponse},
         "xinference": {},
         "xinference.api": {},
         "xinference.api.restful_api": {"RESTfulAPI": cls},
-    }.items():
-        module = ModuleType(name)
-        vars(module).update(content)
-        monkeypatch.setitem(sys.modules, name, module)
+    }
+    put_modules(monkeypatch, modules)
     return cls
 
 

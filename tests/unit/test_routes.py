@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from collections.abc import Callable
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from stubs import put_modules
 
 from xinf_vllm_backend.plugin import routes
 
@@ -52,14 +52,12 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> dict[str, Worker]:
         assert uid == "worker"
         return workers[address]
 
-    for name, content in {
+    modules: dict[str, dict[str, Any]] = {
         "fastapi": {"HTTPException": HTTPError, "Security": lambda service, scopes: (service, scopes)},
         "fastapi.responses": {"JSONResponse": JSONResponse},
         "xoscar": {"actor_ref": actor_ref, "wait_for": asyncio.wait_for},
-    }.items():
-        module = ModuleType(name)
-        vars(module).update(content)
-        monkeypatch.setitem(sys.modules, name, module)
+    }
+    put_modules(monkeypatch, modules)
     return workers
 
 
@@ -83,8 +81,8 @@ def added(statuses: list[dict[str, Any]], auth: bool = False) -> tuple[Callable[
         auth_service="auth",
     )
     routes.add(context)
-    (only,) = found
-    return only
+    ((route, how),) = found
+    return route, how
 
 
 def replica(uid: str, address: str, status: str = "READY") -> dict[str, Any]:

@@ -73,6 +73,7 @@ def system_utils(put: Any) -> ModuleType:
     """vLLM's module that asks for the context of every engine child."""
     module = put("vllm.utils.system_utils", multiprocessing=multiprocessing)
     module.get_mp_context = lambda: module.multiprocessing.get_context("fork")
+    assert isinstance(module, ModuleType)
     return module
 
 
@@ -81,10 +82,10 @@ class Worker:
         return f"loaded {name}"
 
 
-class TestASeam:
+class TestSeam:
     SEAM = Seam("vllm.worker", "Worker.load", "showing something", "it is not shown")
 
-    def test_is_there_when_its_name_is(self, put: Any) -> None:
+    def test_a_seam_is_there_when_its_name_is(self, put: Any) -> None:
         put("vllm.worker", Worker=Worker)
         assert self.SEAM.present()
         assert self.SEAM.name == "vllm.worker.Worker.load"
@@ -94,13 +95,15 @@ class TestASeam:
         [None, {}, {"Worker": SimpleNamespace()}],
         ids=["no module", "no class", "no method"],
     )
-    def test_is_gone_when_any_part_of_its_name_is(self, attributes: dict[str, Any] | None, put: Any) -> None:
+    def test_a_seam_is_gone_when_any_part_of_its_name_is(self, attributes: dict[str, Any] | None, put: Any) -> None:
         if attributes is not None:
             put("vllm.worker", **attributes)
         assert not self.SEAM.present()
         assert not self.SEAM.wrap(lambda original: original)
 
-    def test_is_wrapped_once_however_often_it_is_asked_for(self, put: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_seam_is_wrapped_once_however_often_it_is_asked_for(
+        self, put: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         put("vllm.worker", Worker=Worker)
         monkeypatch.setattr(Worker, "load", Worker.load)  # put back at the end
         calls: list[str] = []
@@ -177,12 +180,12 @@ class TestTheContextOfEngineChildren:
         with start.starts_from(context):
             assert system_utils.get_mp_context() is context
 
-    def test_is_multiprocessings_own_before_and_after(self, system_utils: Any) -> None:
+    def test_the_context_of_engine_children_is_multiprocessings_own_before_and_after(self, system_utils: Any) -> None:
         with start.starts_from(EngineContext({})):
             pass
         assert system_utils.get_mp_context() is multiprocessing.get_context("fork")
 
-    def test_is_each_threads_own(self, system_utils: Any) -> None:
+    def test_each_thread_has_its_own_context_of_engine_children(self, system_utils: Any) -> None:
         seen: dict[str, Any] = {}
         contexts = {name: EngineContext({}) for name in ("first", "second")}
         both_are_in = threading.Barrier(2, timeout=TIMEOUT)
@@ -200,23 +203,23 @@ class TestTheContextOfEngineChildren:
             thread.join(TIMEOUT)
         assert seen == contexts
 
-    def test_is_given_back_when_the_start_fails(self, system_utils: Any) -> None:
+    def test_the_context_of_engine_children_is_given_back_when_the_start_fails(self, system_utils: Any) -> None:
         with pytest.raises(ValueError, match="no room"), start.starts_from(EngineContext({})):
             raise ValueError("no room")
         assert not isinstance(system_utils.get_mp_context(), EngineContext)
 
-    def test_leaves_the_rest_of_multiprocessing_to_vllm(self, system_utils: Any) -> None:
+    def test_the_context_of_engine_children_leaves_the_rest_of_multiprocessing_to_vllm(self, system_utils: Any) -> None:
         with start.starts_from(EngineContext({})):
             assert system_utils.multiprocessing.current_process is multiprocessing.current_process
             assert system_utils.multiprocessing.connection is multiprocessing.connection
 
-    def test_is_at_least_spawn_where_the_seam_is_gone(self) -> None:
+    def test_the_context_of_engine_children_is_at_least_spawn_where_the_seam_is_gone(self) -> None:
         assert not CONTEXT.present()
         with start.starts_from(EngineContext({})):
             assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
 
     @pytest.mark.parametrize("before", [None, "fork"])
-    def test_leaves_the_variable_that_vllm_reads_as_it_was(
+    def test_the_context_of_engine_children_leaves_the_variable_that_vllm_reads_as_it_was(
         self, before: str | None, system_utils: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         if before is not None:
@@ -225,15 +228,15 @@ class TestTheContextOfEngineChildren:
             assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
         assert os.environ.get("VLLM_WORKER_MULTIPROC_METHOD") == before
 
-    def test_spawns_as_doctor_finds(self, system_utils: Any) -> None:
+    def test_doctor_finds_that_engine_children_are_spawned(self, system_utils: Any) -> None:
         assert start.start_method() == "spawn"
 
-    def test_is_unknown_to_doctor_without_vllm(self) -> None:
+    def test_doctor_does_not_know_the_start_method_without_vllm(self) -> None:
         assert start.start_method() is None
 
 
-class TestAnEngineChild:
-    def test_starts_its_own_children_from_a_context_like_its_own_on_every_thread(self, system_utils: Any) -> None:
+class TestEngineChild:
+    def test_an_engine_child_starts_its_children_from_a_context_like_its_own(self, system_utils: Any) -> None:
         child.prepare_child()
         seen: list[Any] = []
         thread = threading.Thread(target=lambda: seen.append(system_utils.get_mp_context()), daemon=True)
@@ -244,7 +247,7 @@ class TestAnEngineChild:
         assert context.initializer is child.prepare_child
         assert context.environment == {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
 
-    def test_reports_each_phase_when_it_begins_and_not_again_when_prepared_twice(
+    def test_an_engine_child_reports_each_phase_when_it_begins_and_not_again_when_prepared_twice(
         self, put: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         events: list[str] = []
@@ -261,13 +264,15 @@ class TestAnEngineChild:
         assert WorkerWrapperBase().init_worker([1, 2]) == 3
         assert events == ["weights", "init_worker"]
 
-    def test_works_also_where_every_seam_is_gone(self) -> None:
+    def test_an_engine_child_works_also_where_every_seam_is_gone(self) -> None:
         assert not any(seam.present() for seam in SEAMS)
         child.prepare_child()
 
 
-class TestTheInspectionOfANewArchitecture:
-    def test_is_vllms_own_where_no_engine_is_being_started(self, put: Any, system_utils: Any) -> None:
+class TestArchitectureInspection:
+    def test_the_inspection_of_an_architecture_is_vllms_own_where_no_engine_is_being_started(
+        self, put: Any, system_utils: Any
+    ) -> None:
         registry = put("vllm.model_executor.models.registry", _run_in_subprocess=lambda fn: ("vllm", fn()))
         with start.starts_from(EngineContext({})):
             pass
@@ -275,15 +280,15 @@ class TestTheInspectionOfANewArchitecture:
         assert registry._run_in_subprocess(lambda: 1) == ("vllm", 1)
 
 
-class TestTheVersionOfVLLM:
+class TestVersion:
     @pytest.mark.parametrize("installed", ["0.27.1", "0.27.1+cpu", "0.32.0", "0.33.1", "0.33.0+cu130", "0.28.1rc1"])
-    def test_in_the_range_is_accepted(self, installed: str, put: Any) -> None:
+    def test_a_vllm_version_in_the_range_is_accepted(self, installed: str, put: Any) -> None:
         put("vllm", __version__=installed)
         version.check_version()
         assert version.version() == installed
 
     @pytest.mark.parametrize("installed", ["0.26.0", "0.27.0", "0.34.0", "1.0.0"])
-    def test_outside_is_refused_with_the_range(self, installed: str, put: Any) -> None:
+    def test_a_vllm_version_outside_is_refused_with_the_range(self, installed: str, put: Any) -> None:
         put("vllm", __version__=installed)
         with pytest.raises(UnsupportedVersionError) as caught:
             version.check_version()
@@ -291,26 +296,26 @@ class TestTheVersionOfVLLM:
         assert f"vLLM {installed}" in sentence
         assert str(version.SUPPORTED) in sentence
 
-    def test_that_is_not_installed_is_refused_with_what_to_install(self) -> None:
+    def test_a_missing_vllm_is_refused_with_what_to_install(self) -> None:
         assert version.version() is None
         with pytest.raises(UnsupportedVersionError, match="pip install"):
             version.check_version()
 
-    def test_that_is_no_version_is_refused_as_unsupported(self, put: Any) -> None:
+    def test_a_vllm_version_that_is_no_version_is_refused_as_unsupported(self, put: Any) -> None:
         put("vllm", __version__="dev")
         with pytest.raises(UnsupportedVersionError, match="dev"):
             version.check_version()
 
 
-class TestWhoMakesTheEngine:
-    def test_is_our_factory_meanwhile_and_vllm_afterwards(self, put: Any) -> None:
+class TestEngineFactory:
+    def test_the_engine_factory_is_ours_while_loading_and_vllms_afterwards(self, put: Any) -> None:
         original = SimpleNamespace(from_engine_args=lambda args: "vllm's")
         module = put("vllm.engine.async_llm_engine", AsyncLLMEngine=original)
         with start.engine_made_by(lambda args: f"ours of {args}"):
             assert module.AsyncLLMEngine.from_engine_args("tiny") == "ours of tiny"
         assert module.AsyncLLMEngine is original
 
-    def test_is_vllm_again_also_when_loading_fails(self, put: Any) -> None:
+    def test_the_engine_factory_is_vllms_again_when_loading_fails(self, put: Any) -> None:
         original = SimpleNamespace()
         module = put("vllm.engine.async_llm_engine", AsyncLLMEngine=original)
         with pytest.raises(ValueError, match="no room"), start.engine_made_by(lambda args: None):
@@ -562,7 +567,12 @@ class TestReasoningEnd:
         self, reasoner: Any, prompt: list[int], grammars: list[int]
     ) -> None:
         accepted: list[int] = []
-        grammar = SimpleNamespace(accept_tokens=lambda request_id, tokens: accepted.extend(tokens) or True)
+
+        def accept_tokens(request_id: str, tokens: list[int]) -> bool:
+            accepted.extend(tokens)
+            return True
+
+        grammar = SimpleNamespace(accept_tokens=accept_tokens)
         manager = SimpleNamespace(_get_reasoner=lambda request: reasoner)
         params = SimpleNamespace(extra_args={resuming.GIVEN: 4})
         request = SimpleNamespace(request_id="a-1", prompt_token_ids=prompt, sampling_params=params, trace_headers=None)

@@ -22,11 +22,12 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 def _refused(options: dict[str, Any]) -> str:
     with pytest.raises(BadLaunchArgumentError) as caught:
         Settings.resolve(options)
+    sentence: str
     (sentence,) = caught.value.args
     return sentence
 
 
-class TestWhereAValueComesFrom:
+class TestSources:
     def test_without_anything_given_the_defaults_hold(self) -> None:
         assert Settings.resolve({}) == Settings()
 
@@ -52,7 +53,7 @@ class TestWhereAValueComesFrom:
         monkeypatch.setenv(ENVIRONMENT_PREFIX + name.upper(), "3")
         assert getattr(Settings.resolve({}), name) == 3
 
-    def test_those_that_are_words_have_one_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_options_whose_values_are_words_have_a_variable_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("XINF_VLLM_START_METHOD", "spawn")
         monkeypatch.setenv("XINF_VLLM_DEVICE_LOCKS", "none")
         monkeypatch.setenv("XINF_VLLM_RESUME_INEXACT", "fail")
@@ -72,11 +73,13 @@ class TestWhereAValueComesFrom:
         assert Settings.resolve({}).stop_timeout == 77
 
 
-class TestAValueThatCannotBeUsed:
+class TestUnusableValue:
     @pytest.mark.parametrize(
         "value", ["soon", "", None, [1], 0, -1, float("nan")], ids=["word", "empty", "none", "list", "0", "-1", "nan"]
     )
-    def test_is_refused_in_one_sentence_that_names_it_and_its_unit(self, value: Any) -> None:
+    def test_a_value_that_cannot_be_used_is_refused_in_one_sentence_that_names_it_and_its_unit(
+        self, value: Any
+    ) -> None:
         sentence = _refused({"load_timeout": value})
         assert sentence.startswith(f"load_timeout={value!r} cannot be used: ")
         assert "time in seconds" in sentence
@@ -84,30 +87,32 @@ class TestAValueThatCannotBeUsed:
         assert sentence.endswith(".")
 
     @pytest.mark.parametrize("name", [*NUMBERS, "engine_start_method"])
-    def test_is_explained_by_the_meaning_of_its_option(self, name: str) -> None:
+    def test_a_value_that_cannot_be_used_is_explained_by_the_meaning_of_its_option(self, name: str) -> None:
         sentence = _refused({name: "-1"})
         assert f"{name}='-1' cannot be used" in sentence
         assert str(Settings.model_fields[name].description) in sentence
 
-    def test_is_refused_also_when_it_comes_from_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_value_that_cannot_be_used_is_refused_also_when_it_comes_from_the_environment(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setenv("XINF_VLLM_STOP_TIMEOUT", "soon")
         assert "XINF_VLLM_STOP_TIMEOUT='soon'" in _refused({})
 
-    def test_names_no_library_and_no_link(self) -> None:
+    def test_a_value_that_cannot_be_used_names_no_library_and_no_link(self) -> None:
         assert not re.search("pydantic|https?:|validation error", _refused({"load_timeout": "soon"}), re.IGNORECASE)
 
     def test_infinity_is_refused_where_a_wait_needs_an_end(self) -> None:
         assert "load_timeout=inf" in _refused({"load_timeout": float("inf")})
 
 
-class TestOurOptionsAndTheEngines:
-    def test_only_ours_are_taken_out_of_the_launch_arguments(self) -> None:
+class TestOptions:
+    def test_only_our_options_are_taken_out_of_the_launch_arguments(self) -> None:
         arguments = {"load_timeout": "600", "max_model_len": 256, "cpu_kv_cache_gib": 1}
         options = Settings.options_in(arguments)
         assert options == {"load_timeout": "600", "cpu_kv_cache_gib": 1}
         assert arguments == {"max_model_len": 256}
 
-    def test_nothing_is_taken_where_nothing_of_ours_is_given(self) -> None:
+    def test_no_launch_argument_is_taken_where_none_is_ours(self) -> None:
         arguments = {"max_model_len": 256}
         assert Settings.options_in(arguments) == {}
         assert arguments == {"max_model_len": 256}
@@ -115,7 +120,7 @@ class TestOurOptionsAndTheEngines:
     def test_settings_do_not_change_after_they_were_made(self) -> None:
         settings = Settings()
         with pytest.raises(ValueError, match="frozen"):
-            settings.load_timeout = 1.0
+            settings.load_timeout = 1.0  # type: ignore[misc]
 
     @pytest.mark.parametrize("name", NUMBERS)
     def test_every_option_says_its_unit_and_meaning(self, name: str) -> None:

@@ -21,7 +21,7 @@ import httpx
 import psutil
 
 from ..engine.seams.platform import is_cpu_build
-from .cluster import Cluster, launch_arguments, wait_until
+from .cluster import STOCK_ON_CPU, Cluster, launch_arguments, wait_until
 from .tiny_model import make_tiny_model, model_registration
 
 if TYPE_CHECKING:
@@ -36,8 +36,7 @@ _STREAMS = 8
 # Long enough to be running still when the engine is killed; it may be far ahead of what has reached the client.
 _TOKENS = 300
 _TOKENS_OF_TINY = 1800
-# Without these, stock Xinference does not get vLLM to start on a CPU.
-_STOCK_ON_CPU = ("--tensor_parallel_size", "1", "--block_size", "128", "--gpu_memory_utilization", "0.2")
+_STOCK_ON_CPU = (*STOCK_ON_CPU, "--gpu_memory_utilization", "0.2")
 # What this package writes when an engine is found dead, and what vLLM and stock Xinference do.
 _DEATH = re.compile(r"The vLLM engine of \S+ died: .*?(?=\. |$)")
 _DEATH_STOCK = re.compile(r"\S*EngineDeadError\b.*|.*EngineCore is dead.*")
@@ -322,7 +321,7 @@ def _stop(cluster: Cluster, say: _Account) -> None:
     say(f"$ xinference terminate: exit status {done.returncode}")
     if done.returncode != 0:
         raise RuntimeError(f"the model could not be terminated: {_short(done.stderr, 300)}")
-    wait_until(lambda: not cluster.engine_processes() and not cluster.model_processes(), 60.0, "its processes to end")
+    cluster.wait_until_unloaded()
     say("the processes of the model and of its engine are gone")
     if left := cluster.stop():
         raise RuntimeError(f"Xinference was stopped, but these had to be killed: {', '.join(left)}")

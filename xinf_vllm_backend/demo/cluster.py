@@ -21,12 +21,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import httpx
 import psutil
 
+from . import OFFLINE
+
 if TYPE_CHECKING:
     from openai import OpenAI
     from xinference.client import RESTfulClient
 
 T = TypeVar("T")
 
+# Without these stock Xinference does not get vLLM to start on a CPU host.
+STOCK_ON_CPU = ("--tensor_parallel_size", "1", "--block_size", "128")
 # Every process of the cluster inherits it, so that it is found also after its parent died.
 _MARK = "XINF_VLLM_CLUSTER"
 _POLL = 0.1
@@ -88,9 +92,7 @@ class Cluster:
             "XINFERENCE_HOME": str(self.directory / "home"),
             "XINFERENCE_ENABLE_VIRTUAL_ENV": str(int(virtual_env)),
             "XINFERENCE_AUTH_ADVANCED": "0",  # else every call wants the credentials of an admin account
-            "HF_HUB_OFFLINE": "1",
-            "TRANSFORMERS_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
+            **OFFLINE,
             "VLLM_CACHE_ROOT": str(self._make_vllm_cache()),
             "NO_PROXY": "127.0.0.1,localhost",
             "no_proxy": "127.0.0.1,localhost",
@@ -210,13 +212,21 @@ class Cluster:
         http = httpx.Client(trust_env=False, timeout=timeout, limits=httpx.Limits(), headers=headers)
         return OpenAI(base_url=f"{self.endpoint}/v1", api_key="none", max_retries=0, timeout=timeout, http_client=http)
 
+    def answers(self, model: str, timeout: float = 30.0) -> bool:
+        """Whether ``model`` answers a completion of two tokens within ``timeout`` seconds."""
+        from openai import OpenAIError
+
+        with self.openai(timeout) as client, contextlib.suppress(OpenAIError):
+            return bool(client.completions.create(model=model, prompt="a", max_tokens=2, temperature=0).choices)
+        return False
+
     def log_text(self) -> str:
         """All that the services and their children wrote so far."""
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
     def processes(self) -> list[psutil.Process]:
         """Every live process of this cluster, orphans included, by pid."""
-        return sorted(self._marked(), key=lambda process: process.pid)
+        return sorted(processes_with(_MARK, self._mark), key=lambda process: process.pid)
 
     def engine_processes(self, kind: str = "") -> list[psutil.Process]:
         """vLLM's processes; ``kind`` "EngineCore" or "Worker" gives only those."""
@@ -225,6 +235,14 @@ class Cluster:
     def model_processes(self) -> list[psutil.Process]:
         """The model actors' processes, one for each replica."""
         return [process for process in self.processes() if title(process).startswith("Model: ")]
+
+    def wait_until_unloaded(self, timeout: float = 60.0) -> None:
+        """Wait until there is no process of a model or of its engine.
+
+        Raises:
+            TimeoutError: there still is one after ``timeout`` seconds.
+        """
+        wait_until(lambda: not self.engine_processes() + self.model_processes(), timeout, "the models to be gone")
 
     def stop(self, timeout: float = 60.0) -> list[str]:
         """Stop the cluster as an operator does, with SIGTERM, and kill what is still there after ``timeout`` seconds.
@@ -292,13 +310,6 @@ class Cluster:
     def _has_worker(self) -> bool:
         return bool(self.get("/v1/workers"))
 
-    def _marked(self) -> Iterator[psutil.Process]:
-        for process in psutil.process_iter():
-            # Those of others refuse to be read, and one may end while it is looked at.
-            with contextlib.suppress(psutil.Error, OSError):
-                if process.environ().get(_MARK) == self._mark and process.status() != psutil.STATUS_ZOMBIE:
-                    yield process
-
     def _killed(self) -> bool:
         for service in self._services:
             service.poll()  # reaps it
@@ -313,6 +324,15 @@ def launch_arguments(name: str, *args: str) -> list[str]:
     """The arguments of ``xinference launch`` for the model ``name`` on vLLM; the uid is the name unless given."""
     uid = () if {"--model-uid", "-u"} & set(args) else ("--model-uid", name)
     return ["--model-name", name, *uid, "--model-engine", "vllm", *args]
+
+
+def processes_with(variable: str, value: str) -> Iterator[psutil.Process]:
+    """Every live process whose environment has ``variable`` with this ``value``, orphans included."""
+    for process in psutil.process_iter():
+        # Those of others refuse to be read, and one may end while it is looked at.
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get(variable) == value and process.status() != psutil.STATUS_ZOMBIE:
+                yield process
 
 
 def title(process: psutil.Process) -> str:

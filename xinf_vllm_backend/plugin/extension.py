@@ -28,7 +28,7 @@ class VLLMBackendExtension:
         return {"version": __version__}
 
     def filter_worker_resources(self, worker: dict[str, Any], workers: list[dict[str, Any]]) -> list[int]:
-        return worker["gpu_devices"]
+        return list(worker["gpu_devices"])
 
 
 def install() -> None:

@@ -77,7 +77,8 @@ class HostedModel(VLLMModel):
 
     def _native_mp_route(self) -> tuple[bool, str]:
         if not self._is_ours():
-            return super()._native_mp_route()
+            upstreams: tuple[bool, str] = super()._native_mp_route()
+            return upstreams
         several = self._get_allocated_device_count() > 1
         return several, "several devices of one worker" if several else "one device"
 

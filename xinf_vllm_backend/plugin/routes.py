@@ -23,7 +23,8 @@ def add(context: Any) -> None:
         try:
             worker = await xo.actor_ref(address=status["worker_address"], uid="worker")
             model = await worker.get_model(model_uid=uid)
-            return await xo.wait_for(model.engine_status(), ASK_TIMEOUT)
+            answer: dict[str, Any] = await xo.wait_for(model.engine_status(), ASK_TIMEOUT)
+            return answer
         except Exception as error:  # one replica that cannot answer must not hide the others
             return {"replica": uid, "state": status["status"].lower(), "error": str(error)}
 

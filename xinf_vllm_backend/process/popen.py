@@ -163,6 +163,7 @@ class ZygotePopen(_EnginePopen):
 
     def _make(self, data: int, alive: int) -> int:
         pid, self._status = self._zygote.fork(self._environment, data, alive, self._fds, self._cancelled)
+        util.Finalize(self, self._status.close)  # not earlier: a thread may wait for it
         return pid
 
     def poll(self, flag: int = os.WNOHANG) -> int | None:

@@ -218,7 +218,7 @@ LORA = Seam(
 
 def lora_id(request: Any) -> int:
     """The id of the adapter of a ``LoRARequest``."""
-    return request.lora_int_id
+    return int(request.lora_int_id)
 
 
 OUTPUT = Seam(

@@ -205,7 +205,7 @@ def _reasoned(manager: Any, request: Any, given: list[int]) -> int:
         return 0
     if getattr(reasoner, "reasoning_end_token_ids", None) and hasattr(reasoner, "find_reasoning_end"):  # since 0.31
         end = reasoner.find_reasoning_end(given)
-        return end.offset if end.implicit else end.offset + 1
+        return int(end.offset) + (not end.implicit)
     for count, token in enumerate(given, 1):
         so_far.append(token)
         if reasoner.is_reasoning_end_streaming(so_far, [token]):

@@ -116,7 +116,7 @@ def start_method() -> str | None:
     if owner is None or not hasattr(owner, "get_mp_context"):
         return None
     with starts_from(EngineContext(SPAWN)):
-        return owner.get_mp_context().get_start_method()
+        return str(owner.get_mp_context().get_start_method())
 
 
 HANDSHAKE = Seam(

@@ -15,9 +15,10 @@ SUPPORTED = SpecifierSet(">=0.27.1,<0.34")
 def version() -> str | None:
     """The version of the vLLM that this process imports; None if it cannot."""
     try:
-        return importlib.import_module("vllm").__version__
+        found: str = importlib.import_module("vllm").__version__
     except (ImportError, AttributeError):
         return None
+    return found
 
 
 def is_supported(found: str, supported: SpecifierSet) -> bool:
