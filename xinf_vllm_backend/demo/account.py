@@ -39,7 +39,7 @@ _TOKENS_OF_TINY = 1800
 # Without these, stock Xinference does not get vLLM to start on a CPU.
 _STOCK_ON_CPU = ("--tensor_parallel_size", "1", "--block_size", "128", "--gpu_memory_utilization", "0.2")
 # What this package writes when an engine is found dead, and what vLLM and stock Xinference do.
-_DEATH = re.compile(r"The vLLM engine of \S+ died: .*?(?=\. |$)")
+_DEATH = re.compile(r"The vLLM engine of \S+ died: .*?(?=\. |$)", re.MULTILINE)
 _DEATH_STOCK = re.compile(r"\S*EngineDeadError\b.*|.*EngineCore is dead.*")
 
 
