@@ -1,6 +1,6 @@
 """Every option of the backend: name, default, unit, meaning.
 
-Each may be given per launch (``xinference launch ... --load_timeout 600``) or for all launches as an environment
+Each is given per launch (``xinference launch ... --load_timeout 600``) or for all launches as an environment
 variable (``XINF_VLLM_LOAD_TIMEOUT=600``); the launch wins.
 """
 
@@ -26,13 +26,11 @@ class Settings(BaseModel):
         1800.0, gt=0, description="time in seconds from the start of load() until the engine must be ready"
     )
     stop_timeout: float = Field(
-        10.0, gt=0, description="time in seconds that an engine has to shut down before its processes are killed"
+        10.0, gt=0, description="time in seconds an engine has to shut down before its processes are killed"
     )
-    health_interval: float = Field(
-        0.5, gt=0, description="time in seconds between two looks at whether the engine is still alive"
-    )
+    health_interval: float = Field(0.5, gt=0, description="time in seconds between two checks of the engine")
     hang_timeout: float = Field(
-        30.0, gt=0, description="time in seconds without any sign of life or of work after which an engine is killed"
+        30.0, gt=0, description="time in seconds without a sign of life or work after which an engine is killed"
     )
     busy_factor: float = Field(
         0.0,
@@ -47,30 +45,28 @@ class Settings(BaseModel):
         "call such as loading a LoRA or weights",
     )
     recovery_timeout: float = Field(
-        120.0, gt=0, description="time in seconds that a request waits for an engine that is being restarted"
+        120.0, gt=0, description="time in seconds a request waits for an engine that is being restarted"
     )
     max_restarts: int = Field(
-        5, ge=0, description="number of restarts in place to be had at once; 0: a dead engine ends the model process"
+        5, ge=0, description="maximum number of in-place restarts in a burst; 0: an engine death ends the model process"
     )
-    restart_refill: float = Field(
-        60.0, gt=0, description="time in seconds for which an engine must be healthy to have one restart more again"
-    )
+    restart_refill: float = Field(60.0, gt=0, description="healthy seconds that earn back one restart")
     max_deaths_per_request: int = Field(
-        2, ge=1, description="number of deaths of the engine at which a request in flight is suspected of killing it"
+        2, ge=1, description="number of engine deaths in a row at which a request is suspected of causing them"
     )
     resume_inexact: Literal["continue", "fail"] = Field(
-        "continue", description="what becomes of a request that cannot go on exactly as it would have"
+        "continue", description="what happens to a request that cannot continue exactly"
     )
     engine_start_method: Literal["auto", "spawn", "zygote"] = Field(
-        "auto", description="way in which engine processes are made; auto: zygote on a CPU host, else spawn"
+        "auto", description="how engine processes are started; auto: zygote on a CPU host, else spawn"
     )
     device_locks: str = Field(
         "auto",
-        description="names of the devices, separated by commas, that no other engine may start on meanwhile; "
+        description="devices on which no other engine may start at the same time: names separated by commas; "
         "auto: those it uses, none on a CPU host; none: no locks",
     )
     cpu_kv_cache_gib: float = Field(
-        0.0, ge=0, description="KV cache in GiB of each rank on a CPU host; 0 chooses by the free memory"
+        0.0, ge=0, description="KV cache in GiB of each rank on a CPU host; 0: by the free memory"
     )
 
     @classmethod
@@ -95,7 +91,7 @@ class Settings(BaseModel):
             source = name if name in options else variable(name)
             raise BadLaunchArgumentError(
                 f"{source}={first['input']!r} cannot be used: {first['msg'].lower()} "
-                f"({name} is the {cls.model_fields[name].description})."
+                f"({name}: {cls.model_fields[name].description})."
             ) from None
 
 

@@ -126,4 +126,4 @@ class TestOptions:
     def test_every_option_says_its_unit_and_meaning(self, name: str) -> None:
         description = Settings.model_fields[name].description
         assert description is not None
-        assert re.search(r"\b(in seconds|in GiB|number of)\b", description)
+        assert re.search(r"\b(seconds|in GiB|number of)\b", description)

@@ -38,7 +38,7 @@ _TOKENS = 300
 _TOKENS_OF_TINY = 1800
 _STOCK_ON_CPU = (*STOCK_ON_CPU, "--gpu_memory_utilization", "0.2")
 # What this package writes when an engine is found dead, and what vLLM and stock Xinference do.
-_DEATH = re.compile(r"The vLLM engine of \S+ died: .*?(?=\. |$)")
+_DEATH = re.compile(r"The vLLM engine of \S+ died: .*?(?=\. |$)", re.MULTILINE)
 _DEATH_STOCK = re.compile(r"\S*EngineDeadError\b.*|.*EngineCore is dead.*")
 
 
