@@ -81,8 +81,9 @@ class Faults(LogitsProcessor):
             self._faults.update({index: fault for index, fault in moved.items() if fault is not None})
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        for action, length, file, prompt, output in self._faults.values():
-            if prompt + len(output) >= length:
+        for index, (action, length, file, prompt, output) in list(self._faults.items()):
+            # vLLM does not always tell of the last requests that ended: a row beyond the batch is one of them.
+            if index < len(logits) and prompt + len(output) >= length:
                 self._act(action, file)
         return logits + torch.arange(logits.shape[-1]) * 1e-4  # no two are the likeliest, so that top_k=1 is one
 

@@ -97,10 +97,11 @@ async def test_no_engine_is_started_beside_one_that_cannot_be_killed(
 
 
 async def test_weights_that_were_changed_make_a_restarted_engine_stale_until_they_come_again(
-    make_watched: MakeWatched, tmp_path: Path
+    make_watched: MakeWatched, tiny_model: Path, tmp_path: Path
 ) -> None:
     supervisor = await make_watched()
-    await supervisor.collective_rpc("reload_weights")
+    changed = {"kwargs": {"weights_path": str(tiny_model)}}
+    await supervisor.collective_rpc("reload_weights", **changed)
     gate = Gate(tmp_path / "gate")
     stream = Stream(supervisor, **gate.params)
     await gate.reached(stream)
@@ -110,9 +111,24 @@ async def test_weights_that_were_changed_make_a_restarted_engine_stale_until_the
     assert isinstance(error, EngineStaleError) and "reload_weights()" in str(error)
     assert state(supervisor) is State.STALE
     assert isinstance(await refusal(Stream(supervisor)), EngineStaleError)
-    await supervisor.collective_rpc("reload_weights")
+    await supervisor.collective_rpc("reload_weights", **changed)
     assert state(supervisor) is State.READY
     assert await Stream(supervisor).end() == TOKENS
+
+
+async def test_weights_reloaded_as_they_were_launched_leave_a_restarted_engine_ready(
+    make_watched: MakeWatched, tmp_path: Path
+) -> None:
+    """As after a sleep of level 2."""
+    supervisor = await make_watched()
+    await supervisor.collective_rpc("reload_weights")
+    gate = Gate(tmp_path / "gate")
+    stream = Stream(supervisor, **gate.params)
+    await gate.reached(stream)
+    os.kill(victim(supervisor, ENGINE_CORE), signal.SIGKILL)
+    gate.open()
+    assert await stream.end() == TOKENS
+    assert state(supervisor) is State.READY
 
 
 async def test_a_stop_while_the_engine_restarts_ends_its_requests_and_processes(
