@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -210,7 +211,11 @@ class Cluster:
         # A kept connection may be closed, by the server or by the pool of another thread, as a request goes out on it.
         headers = {"Connection": "close"}
         http = httpx.Client(trust_env=False, timeout=timeout, limits=httpx.Limits(), headers=headers)
-        return OpenAI(base_url=f"{self.endpoint}/v1", api_key="none", max_retries=0, timeout=timeout, http_client=http)
+        client = OpenAI(
+            base_url=f"{self.endpoint}/v1", api_key="none", max_retries=0, timeout=timeout, http_client=http
+        )
+        weakref.finalize(client, http.close)  # where nobody else closes it
+        return client
 
     def answers(self, model: str, timeout: float = 30.0) -> bool:
         """Whether ``model`` answers a completion of two tokens within ``timeout`` seconds."""
