@@ -198,7 +198,7 @@ async def test_a_request_whose_grammar_does_not_accept_what_it_was_given_reads_s
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
-    digits = {"structured_outputs": StructuredOutputsParams(regex="[0-9]+"), "max_tokens": 5}
+    digits = {"structured_outputs": StructuredOutputsParams(regex="[0-9]{99}"), "max_tokens": 5}
     supervisor = make_supervisor()
     await asyncio.to_thread(supervisor.start)
 
