@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeVar
 
 from ..engine import diagnosis
 from ..engine.seams.exceptions import cause_of, engine_dead_errors, explain_request_error
-from ..errors import BackendError, BadRequestError, EngineDiedError, EngineStoppedError, RequestError
+from ..errors import BackendError, EngineDiedError, EngineStoppedError, RequestError, RequestFailedError
 
 logger = logging.getLogger("xinference.vllm_backend")
 
@@ -63,10 +63,10 @@ async def _raise_readable(model: Any, error: Exception, request: str) -> None:
     if cause is None:
         return
     ours = explain_request_error(cause, request)
-    if isinstance(ours, BadRequestError):
-        logger.info("The request %s of %s cannot be served: %s", request, model.model_uid, diagnosis.describe(cause))
-    else:
-        logger.error("The request %s of %s failed", request, model.model_uid, exc_info=error)
+    failed = isinstance(ours, RequestFailedError)
+    log = logger.error if failed else logger.info
+    trace = error if failed else None  # else the text says it all
+    log("The request %s of %s failed: %s", request, model.model_uid, diagnosis.describe(cause), exc_info=trace)
     raise ours from error
 
 
