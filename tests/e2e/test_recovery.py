@@ -66,7 +66,7 @@ def test_a_killed_engine_comes_back_in_place_and_its_stream_goes_on(serving: Clu
     assert (now["deaths"], now["restarts"]) == (before["deaths"] + 1, before["restarts"] + 1)
     sentence = rf"The vLLM engine of tiny-rep0 died: .*\w*{kind}\S* \(pid {victim.pid}\) was killed by SIGKILL"
     assert re.match(sentence, now["last_error"]["reason"])
-    assert re.search(rf"ERROR xinference.vllm_backend .* {sentence}", serving.log_text())
+    assert re.search(rf"ERROR xinf_vllm_backend\.engine\.lifecycle .* {sentence}", serving.log_text())
 
     def events() -> list[str]:
         answer = httpx.get(f"{serving.endpoint}/v1/models/tiny/events", trust_env=False).json()
