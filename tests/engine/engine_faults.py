@@ -94,3 +94,12 @@ class Faults(LogitsProcessor):
             if file:
                 Path(file).touch()
             ACTIONS[action]()
+
+
+class StallsWhenMade(Faults):
+    """Stalls a start: it is never made."""
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        super().__init__(vllm_config, device, is_pin_memory)
+        Path(os.environ["XINF_VLLM_TEST_STALLED"]).touch()
+        waits()

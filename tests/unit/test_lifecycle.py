@@ -83,6 +83,15 @@ class TestMoves:
         assert not Lifecycle("tiny", told.append).move(State.READY, "too soon")
         assert told == []
 
+    def test_a_move_is_made_though_who_is_told_of_it_fails(self, caplog: pytest.LogCaptureFixture) -> None:
+        def fails(move: Move) -> None:
+            raise OSError("No space left on device")
+
+        lifecycle = Lifecycle("tiny", fails)
+        assert lifecycle.move(State.STARTING, "it was launched")
+        assert lifecycle.state is State.STARTING
+        assert "No space left on device" in caplog.text
+
     @pytest.mark.parametrize(
         ("way", "level"), [((), "INFO"), (READY, "ERROR")], ids=["a start is news", "a death is an error"]
     )

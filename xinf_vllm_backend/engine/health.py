@@ -24,6 +24,9 @@ class HangClock:
         busy_factor: number of hang_timeouts for which computing alone counts as work: an endless loop computes too.
         interval: seconds between two looks.
         clock: seconds.
+
+    Attributes:
+        limit: seconds of silence that made a hang at the last look.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class HangClock:
         self._busy_factor = busy_factor
         self._longest_look = SLACK * interval
         self._clock = clock
+        self.limit = hang_timeout
         self.heard()
 
     def heard(self) -> None:
@@ -58,10 +62,10 @@ class HangClock:
         passed = min(now - self._looked, self._longest_look)
         self._looked = now
         self.unanswered += passed
-        self.silent = (
-            0.0 if works and self.unanswered < self._busy_factor * self._hang_timeout else self.silent + passed
-        )
-        return self.silent >= max(self._hang_timeout, patience)
+        self.limit = max(self._hang_timeout, patience)
+        counts = works and self.unanswered < self._busy_factor * self._hang_timeout
+        self.silent = 0.0 if counts else self.silent + passed
+        return self.silent >= self.limit
 
 
 class Workload:

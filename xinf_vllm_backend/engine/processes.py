@@ -244,7 +244,7 @@ class EngineProcesses:
 
     def _hang(self, silent: float) -> str:
         name = self._spec.name
-        return f"The vLLM engine of {name} hangs: for {silent:.0f} s it has given no sign of life and done no work"
+        return f"The vLLM engine of {name} hangs: for {silent:g} s it has given no sign of life and done no work"
 
     def stop(self, shut_down: Callable[[], None] | None = None, timeout: float = 0.0, kill: bool = False) -> None:
         """End the processes in whatever state they are; idempotent. Blocks, so never call it on an event loop.

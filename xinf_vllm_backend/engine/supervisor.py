@@ -155,7 +155,7 @@ class EngineSupervisor:
 
     async def _bury(self, ending: Ending, in_flight: tuple[RequestInFlight, ...]) -> Death:
         """End what is left of the engine, and find out how it died."""
-        silent = 0.0 if self._watch is None else self._watch.silent
+        silent = 0.0 if self._watch is None else self._watch.limit
         death = await self._meanwhile(asyncio.to_thread(self._current.end, ending, silent))
         death = replace(death, requests=in_flight)
         if death.hung:

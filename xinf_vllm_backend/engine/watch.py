@@ -41,9 +41,9 @@ class Watch:
         self._delivered = -1
 
     @property
-    def silent(self) -> float:
-        """Seconds since the last sign of life or of work."""
-        return self._hang.silent
+    def limit(self) -> float:
+        """Seconds without a sign of life or of work that make a hang."""
+        return self._hang.limit
 
     def notice(self) -> None:
         """Look now: something may have ended. Call it on the event loop."""
