@@ -16,10 +16,21 @@ from streams import ENGINE_CORE, TOKENS, Gate, HeldRestart, MakeWatched, Stream,
 from xinf_vllm_backend.engine.lifecycle import State
 from xinf_vllm_backend.engine.processes import EngineProcesses
 from xinf_vllm_backend.engine.seams.exceptions import engine_dead_errors
+from xinf_vllm_backend.engine.supervisor import EngineSupervisor
 from xinf_vllm_backend.errors import EngineRestartingError, EngineStaleError
 from xinf_vllm_backend.process.tree import ProcessTree
 
 pytestmark = pytest.mark.engine
+
+
+async def cut_amid(supervisor: EngineSupervisor, tmp_path: Path) -> Stream:
+    """A stream whose EngineCore is killed in its midst."""
+    gate = Gate(tmp_path / "gate")
+    stream = Stream(supervisor, **gate.params)
+    await gate.reached(stream)
+    os.kill(victim(supervisor, ENGINE_CORE), signal.SIGKILL)
+    gate.open()
+    return stream
 
 
 async def test_a_client_that_leaves_frees_its_entry_also_while_the_engine_restarts(
@@ -86,11 +97,7 @@ async def test_no_engine_is_started_beside_one_that_cannot_be_killed(
         ProcessTree, "kill", lambda tree, timeout: [*kill(tree, timeout), *(surviving.pop() for _ in surviving[:1])]
     )
     monkeypatch.setattr(EngineProcesses, "start", counted)
-    gate = Gate(tmp_path / "gate")
-    stream = Stream(supervisor, **gate.params)
-    await gate.reached(stream)
-    os.kill(victim(supervisor, ENGINE_CORE), signal.SIGKILL)
-    gate.open()
+    stream = await cut_amid(supervisor, tmp_path)
     assert await stream.end() == TOKENS
     assert starts == [0] and supervisor.restarts == 1
     assert f"Processes of the vLLM engine of {supervisor.name} could not be killed: pid {os.getpid()}" in caplog.text
@@ -102,11 +109,7 @@ async def test_weights_that_were_changed_make_a_restarted_engine_stale_until_the
     supervisor = await make_watched()
     changed = {"kwargs": {"weights_path": str(tiny_model)}}
     await supervisor.collective_rpc("reload_weights", **changed)
-    gate = Gate(tmp_path / "gate")
-    stream = Stream(supervisor, **gate.params)
-    await gate.reached(stream)
-    os.kill(victim(supervisor, ENGINE_CORE), signal.SIGKILL)
-    gate.open()
+    stream = await cut_amid(supervisor, tmp_path)
     error = await refusal(stream)
     assert isinstance(error, EngineStaleError) and "reload_weights()" in str(error)
     assert state(supervisor) is State.STALE
@@ -122,11 +125,7 @@ async def test_weights_reloaded_as_they_were_launched_leave_a_restarted_engine_r
     """As after a sleep of level 2."""
     supervisor = await make_watched()
     await supervisor.collective_rpc("reload_weights")
-    gate = Gate(tmp_path / "gate")
-    stream = Stream(supervisor, **gate.params)
-    await gate.reached(stream)
-    os.kill(victim(supervisor, ENGINE_CORE), signal.SIGKILL)
-    gate.open()
+    stream = await cut_amid(supervisor, tmp_path)
     assert await stream.end() == TOKENS
     assert state(supervisor) is State.READY
 
