@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
-from engine_faults import FAULTS
+from fault_names import FAULTS
 from streams import BOUND, Make, MakeWatched, Stream, until
 
 from xinf_vllm_backend.demo.tiny_model import make_tiny_model

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fault_names import FAULT
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
-FAULT = "fault"  # in extra_args of a request
-FAULTS = "engine_faults:Faults"
 HELD = 60.0  # seconds; reached only by a test that has failed
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_faults import FAULT
+from fault_names import FAULT
 
 from xinf_vllm_backend.engine.lifecycle import State
 from xinf_vllm_backend.engine.seams import core_client
