@@ -176,8 +176,8 @@ class EngineProcesses:
         return f"The vLLM engine of {self._spec.name} failed to start: {cause}"
 
     def _release(self) -> None:
-        for resources in self._resources:
-            core_client.release(resources)
+        while self._resources:  # each once: a ZeroMQ context that is ended twice at a time aborts this process
+            core_client.release(self._resources.pop())
 
     # -- watch
 
