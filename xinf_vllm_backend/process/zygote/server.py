@@ -29,7 +29,7 @@ def serve(
     parent = parent_process()
     assert parent is not None and parent.sentinel is not None
     bootstrap.kill_with(parent.sentinel)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the model process
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the model process
     _name("xinf-vllm zygote")
     gc.disable()  # what imports make is kept, and pages of frozen objects stay shared with the children
     preload()
@@ -38,6 +38,7 @@ def serve(
         ready.send_bytes(b"ready")
     request = _Server(requests, parent.sentinel, alive, hazard).run()
     if request is not None:
+        signal.signal(signal.SIGINT, on_interrupt)  # ignored, too, in what a shell runs in the background
         sys.exit(request.run())
 
 
@@ -53,7 +54,6 @@ class _ForkRequest:
     def run(self) -> int:
         """Set this process up as a spawned one, and run it; returns the exit code."""
         gc.enable()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         with contextlib.suppress(OSError):  # not all of these CPUs are ours
             os.sched_setaffinity(0, self.affinity)
         for fd, stream in zip((1, 2), self.streams, strict=True):
