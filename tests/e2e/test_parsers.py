@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from xinf_vllm_backend.demo.cluster import Cluster
+from xinf_vllm_backend.demo.cluster import Cluster, wait_until
 from xinf_vllm_backend.demo.tiny_model import model_registration
 
 pytestmark = pytest.mark.e2e
@@ -26,11 +27,46 @@ SHIP = {
 }
 QUESTION: Any = {"role": "user", "content": "Which ship does the keeper see?"}
 
+# While there is a file "hold", a request waits behind as many tokens as it says: so it is cut amid its answer.
+HELD = """
+import time
+from pathlib import Path
+from vllm.v1.sample.logits_processor import LogitsProcessor
+
+class Held(LogitsProcessor):
+    def __init__(self, vllm_config, device, is_pin_memory):
+        self._tokens = []
+
+    def is_argmax_invariant(self):
+        return False
+
+    def update_state(self, batch_update):
+        for _, _, _, tokens in batch_update.added if batch_update else ():
+            self._tokens = tokens
+
+    def apply(self, logits):
+        hold = Path(__file__).parent / "hold"
+        try:
+            while len(self._tokens) >= int(hold.read_text()):
+                hold.with_name("held").touch()
+                time.sleep(0.01)
+        except FileNotFoundError:
+            pass
+        return logits
+"""
+
 Pieces = Iterator[tuple[str, str]]  # of an answer, as they come: of which part, and the text
 
 
 @pytest.fixture(scope="module")
-def thinker(cluster: Cluster, tiny_model: Path) -> Iterator[Cluster]:
+def hold(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("held")
+    (directory / "held.py").write_text(HELD)
+    return directory / "hold"
+
+
+@pytest.fixture(scope="module")
+def thinker(cluster: Cluster, tiny_model: Path, hold: Path) -> Iterator[Cluster]:
     """The only model is "thinker", which calls tools, and thinks if it is asked to, until its budget is used up."""
     abilities = ("chat", "tools", "reasoning", "hybrid")
     model = model_registration("thinker", tiny_model, abilities, model_family="qwen2.5-instruct")
@@ -38,8 +74,11 @@ def thinker(cluster: Cluster, tiny_model: Path) -> Iterator[Cluster]:
     cluster.register(
         {**model, "chat_template": model["chat_template"] + "{% if enable_thinking %}<think>\n{% endif %}"}
     )
-    launch = cluster.launch("thinker", "--reasoning_content", "true", "--enforce_eager", "true")
-    assert launch.returncode == 0, launch.stderr
+    launch: dict[str, Any] = {"model_name": "thinker", "model_uid": "thinker", "model_type": "LLM"}
+    launch |= {"model_engine": "vLLM", "reasoning_content": True, "enforce_eager": True, "hang_timeout": BOUND}
+    launch |= {"envs": {"PYTHONPATH": str(hold.parent)}, "logits_processors": ["held:Held"]}
+    answer = httpx.post(f"{cluster.endpoint}/v1/models", json=launch, timeout=BOUND, trust_env=False)
+    assert answer.status_code == httpx.codes.OK, answer.text
     yield cluster
     cluster.cli("terminate", "--model-uid", "thinker")
     cluster.wait_until_unloaded()
@@ -82,32 +121,39 @@ def thought_and_json(cluster: Cluster) -> Pieces:
             yield "finish", delta.get("stop_reason") or ""
 
 
-def whole(pieces: Pieces, at: tuple[str, int], then: Callable[[], None]) -> dict[str, str]:
-    """The texts of all parts; ``then`` is called when so many pieces of one have come."""
+def whole(pieces: Pieces) -> dict[str, str]:
+    """The texts of all parts."""
     parts: dict[str, list[str]] = defaultdict(list)
     for part, text in pieces:
         if text:
             parts[part].append(text)
-            if at == (part, len(parts[part])):
-                then()
     return {part: "".join(texts) for part, texts in parts.items()}
 
 
 @pytest.mark.parametrize(
-    ("ask", "at", "finish"),
+    ("ask", "tokens", "finish"),
     [
-        (thought, ("reasoning", 20), "length"),
-        (tool_call, ("name", 1), "tool_calls"),
-        (thought_and_json, ("reasoning", 20), "end_turn"),
-        (thought_and_json, ("content", 20), "end_turn"),
+        (thought, 40, "length"),
+        (tool_call, 250, "tool_calls"),
+        (thought_and_json, 40, "end_turn"),
+        (thought_and_json, 1100, "end_turn"),  # behind the reasoning
     ],
+    ids=["reasoning", "tool call", "reasoning before JSON", "JSON behind reasoning"],
 )
 def test_what_is_parsed_of_an_answer_is_as_if_no_engine_had_died(
-    thinker: Cluster, ask: Callable[[Cluster], Pieces], at: tuple[str, int], finish: str
+    thinker: Cluster, hold: Path, ask: Callable[[Cluster], Pieces], tokens: int, finish: str
 ) -> None:
-    expected = whole(ask(thinker), at, lambda: None)
+    expected = whole(ask(thinker))
     (victim,) = thinker.engine_processes("EngineCore")
-    assert whole(ask(thinker), at, victim.kill) == expected
+    hold.write_text(str(tokens))
+    held = hold.with_name("held")
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(whole, ask(thinker))
+        wait_until(held.exists, BOUND, "the request to be held")
+        victim.kill()
+        hold.unlink()
+        held.unlink()
+        assert answer.result(BOUND) == expected
     (replica,) = thinker.get("/v1/models/thinker/engine")["replicas"]
     assert replica["reason"].endswith("; 1 request goes on")  # it was in time
     assert expected["finish"] == finish
