@@ -130,6 +130,14 @@ async def test_weights_reloaded_as_they_were_launched_leave_a_restarted_engine_r
     assert state(supervisor) is State.READY
 
 
+async def test_an_engine_whose_outputs_are_no_longer_read_is_given_up_at_once(make_watched: MakeWatched) -> None:
+    """It lives and answers heartbeats, and no request would get anything."""
+    supervisor = await make_watched()
+    supervisor.output_handler.cancel()
+    await until(lambda: state(supervisor) is State.FAILED)
+    assert "The task that reads the outputs of the vLLM engine of tiny ended" in supervisor.failure
+
+
 async def test_a_stop_while_the_engine_restarts_ends_its_requests_and_processes(
     make_watched: MakeWatched, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
