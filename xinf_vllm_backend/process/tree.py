@@ -79,11 +79,6 @@ class ProcessTree:
                 (workers if title in _title(process) else others)[process.pid] = used
         return Look(self.is_halted(), workers, others)
 
-    def seconds_of_cpu(self, title: str) -> tuple[dict[int, float], dict[int, float]]:
-        """The two halves of :meth:`look` that count seconds of CPU."""
-        look = self.look(title)
-        return look.workers, look.others
-
     def _helpers(self, process: psutil.Process, children: Mapping[int, list[psutil.Process]]) -> list[psutil.Process]:
         """Its descendants down to those that are recorded, which count for themselves."""
         found = [child for child in children.get(process.pid, ()) if child not in self._known]
