@@ -20,7 +20,7 @@ from streams import BOUND, Make, until, victim
 from xinf_vllm_backend.engine import preload, processes
 from xinf_vllm_backend.engine.phase import Phase
 from xinf_vllm_backend.engine.supervisor import EngineSupervisor
-from xinf_vllm_backend.errors import EngineStartTimeoutError, EngineStoppedError
+from xinf_vllm_backend.errors import EngineStartError, EngineStartTimeoutError, EngineStoppedError
 from xinf_vllm_backend.process.launch_lock import DeviceLocks
 
 pytestmark = pytest.mark.engine
@@ -78,6 +78,37 @@ async def test_engines_start_side_by_side_each_with_its_own_environment(
     assert dict(os.environ) == before
     texts = [(await generate(supervisor, 5)).outputs[0].text for supervisor in supervisors]
     assert len(set(texts)) == 1
+
+
+async def test_two_engines_of_one_process_become_ready_at_the_same_moment(
+    make_supervisor: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM registers its metrics in two steps; two engines at once between these were one too many."""
+    from vllm.v1.metrics import loggers
+
+    both, unregister = threading.Barrier(2), loggers.unregister_vllm_metrics
+
+    def unregister_and_meet() -> None:
+        unregister()
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(2)  # seconds; nobody else comes where it is one at a time
+
+    monkeypatch.setattr(loggers, "unregister_vllm_metrics", unregister_and_meet)
+    await asyncio.gather(*(asyncio.to_thread(make_supervisor().start) for _ in range(2)))
+
+
+async def test_a_failure_of_vllm_in_this_process_is_not_taken_for_the_death_of_an_engine_process(
+    make_supervisor: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM ends EngineCore, which was ready, when what comes after it fails."""
+    from vllm.v1.engine import async_llm
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("no room for metrics")
+
+    monkeypatch.setattr(async_llm, "StatLoggerManager", fail)
+    with pytest.raises(EngineStartError, match="failed to start: ValueError: no room for metrics"):
+        await asyncio.to_thread(make_supervisor().start)
 
 
 async def test_a_launch_does_not_wait_for_the_handshake_of_another(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import subprocess
@@ -136,6 +137,7 @@ def all_output_is_read() -> None:
 
 def open_files() -> dict[str, str]:
     """The file descriptors of this process and what they are."""
+    gc.collect()  # else those that an earlier test left behind are closed meanwhile
     return {fd: os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _is_open(fd)}
 
 

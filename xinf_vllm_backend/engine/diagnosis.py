@@ -65,12 +65,16 @@ def root_cause(lines: Iterable[str]) -> str | None:
         raised = _RAISED.match(text)
         if raised is None:
             continue
-        second_hand = any(word in text.lower() for word in _SECOND_HAND)
-        if not second_hand and (found is None or (source == found_in and source in goes_on)):
+        if not is_second_hand(text) and (found is None or (source == found_in and source in goes_on)):
             kind, said = raised["type"].rpartition(".")[2], raised["text"] or ""
             found, found_in, details = f"{kind}: {said}" if said else kind, source, 2 * bool(_PYDANTIC.match(said))
         goes_on.discard(source)
     return _advised(found) if found else ended
+
+
+def is_second_hand(text: str) -> bool:
+    """Whether ``text`` is what a process says about the failure of another one."""
+    return any(word in text.lower() for word in _SECOND_HAND)
 
 
 def describe(error: BaseException) -> str:

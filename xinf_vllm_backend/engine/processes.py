@@ -118,7 +118,7 @@ class EngineProcesses:
             )
         if isinstance(failures[0], EngineStartError):  # a lock that another launch holds
             raise failures[0]
-        raise EngineStartError(self._start_failure(failures[0]))
+        raise EngineStartError(self._start_failure(failures[0])) from failures[0]
 
     def _log_stacks(self) -> None:
         """Say, before a start that takes too long is ended, what its processes do."""
@@ -171,8 +171,9 @@ class EngineProcesses:
     def _start_failure(self, error: BaseException) -> str:
         cause = diagnosis.describe(error)
         self._context.await_output(EXIT_TIMEOUT)
-        if any(child.exitcode for child in self._context.children):  # a child failed, so it knows better
-            cause = diagnosis.root_cause(self._tail.lines()) or self._how_children_ended() or cause
+        if any(child.exitcode for child in self._context.children):  # a child failed, or was ended with the rest
+            ended = self._how_children_ended() if diagnosis.is_second_hand(cause) else None
+            cause = diagnosis.root_cause(self._tail.lines()) or ended or cause
         return f"The vLLM engine of {self._spec.name} failed to start: {cause}"
 
     def _release(self) -> None:

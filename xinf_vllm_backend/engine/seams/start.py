@@ -89,6 +89,7 @@ def starts_from(
     """
     INSPECTION.wrap(_inspect_in_child)
     resuming.INPUTS.wrap(resuming.cache_in_frontend)
+    METRICS.wrap(_one_at_a_time)
     gone = [
         seam
         for seam, there in ((CONTEXT, _install_context()), (HANDSHAKE, HANDSHAKE.wrap(_announcing_spawned)))
@@ -125,6 +126,24 @@ HANDSHAKE = Seam(
     "releasing the launch lock when the engine's processes are started",
     "engines of one process start one after the other, each until it is ready",
 )
+
+
+METRICS = Seam(
+    "vllm.v1.metrics.loggers",
+    "StatLoggerManager.__init__",
+    "engines of one process that become ready at the same moment",
+    "one of them may fail to start: vLLM registers its metrics twice",
+)
+_metrics_lock = threading.Lock()
+
+
+def _one_at_a_time(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def alone(*args: Any, **kwargs: Any) -> None:
+        with _metrics_lock:
+            original(*args, **kwargs)
+
+    return alone
 
 
 def _announcing_spawned(original: Callable[..., Any]) -> Callable[..., Any]:
