@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from multiprocessing import spawn
 from pathlib import Path
+from types import ModuleType
 
 import blocking_at_import
 
+from xinf_vllm_backend.engine.seams import platform
+from xinf_vllm_backend.process.zygote import checked
+
+_LOADED_BY = os.getpid()  # the zygote, also in its children
 _kept: list[object] = []
 
 
@@ -49,7 +57,41 @@ def a_process(pid_file: Path) -> None:
 
 def a_stall_of_each_child() -> None:
     """Have each child of the zygote stop before it reads anything."""
-    os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGSTOP))
+    spawn._main = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)  # type: ignore[assignment]
+
+
+def a_library(path: Path, call: str = "") -> None:
+    """Load a library, and call a function of it with 0."""
+    library = ctypes.CDLL(str(path))
+    if call:
+        library[call](0)
+
+
+def an_open_device(path: Path) -> None:
+    """Open ``path``, which stands for the files that drivers open."""
+    platform.DEVICE_FILES = (str(path),)
+    _kept.append(path.open())
+
+
+def a_torch(accelerator: str, is_initialized: bool = False, fork: str = "clean") -> None:
+    """Put a stand-in for torch in place.
+
+    Args:
+        fork: "clean"; "bad", as torch has it in the forks of a process that asked for its devices; "unknown", if
+            torch cannot tell.
+    """
+    module = ModuleType(f"torch.{accelerator}")
+    module.__dict__["is_initialized"] = lambda: is_initialized
+    if fork != "unknown":
+        module.__dict__["_is_in_bad_fork"] = lambda: fork == "bad" and os.getpid() != _LOADED_BY
+    torch = ModuleType("torch")
+    torch.__dict__[accelerator] = module
+    torch.__dict__["set_num_threads"] = lambda count: None
+    sys.modules.update({"torch": torch, module.__name__: module})
+
+
+def little_patience() -> None:
+    checked.CHECK_TIMEOUT = 0.2
 
 
 def _count(attempts: Path) -> None:
@@ -69,4 +111,15 @@ def a_hazard_unless(path: Path) -> str | None:
 
 
 def a_hazard_that_raises() -> str | None:
+    raise RuntimeError("the driver is gone")
+
+
+def a_child_that(how: str, gate: Path | None = None) -> str | None:
+    """No hazard in the zygote; in a child of it none either once ``gate`` exists, and before that it does ``how``."""
+    if os.getpid() == _LOADED_BY or (gate is not None and gate.exists()):
+        return None
+    if how == "is stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if how == "is killed":
+        os.kill(os.getpid(), signal.SIGSEGV)
     raise RuntimeError("the driver is gone")

@@ -69,6 +69,16 @@ def tell_size(end: Connection, payload: bytes) -> None:
     end.send(len(payload))
 
 
+def tell_of_a_library(end: Connection, name: str, function: str) -> None:
+    """Tell what ``function`` of a library that is loaded returns; None if it is not loaded."""
+    try:
+        library = ctypes.CDLL(name, mode=os.RTLD_NOLOAD)
+    except OSError:
+        end.send(None)
+    else:
+        end.send(library[function]())
+
+
 def echo(end: Connection) -> None:
     """Answer until the other end is gone."""
     with contextlib.suppress(EOFError):
@@ -168,6 +178,11 @@ def do_while_a_child_runs(end: Connection, child_end: Connection, question: str)
     }
     questions[question]()
     end.send("answered")
+
+
+def append(path: Path, text: str) -> None:
+    with path.open("a") as file:
+        file.write(text)
 
 
 def write(path: Path) -> None:
@@ -401,8 +416,8 @@ def own_a_zygote_and_just_end(stop_it: bool) -> None:
         stop(zygote.pid)
 
 
-def make_zygote(preload: Callable[[], None] = do_nothing) -> Zygote:
-    zygote = Zygote(dict(os.environ), preload, do_nothing)
+def make_zygote(preload: Callable[[], None] = do_nothing, hazard: Callable[[], str | None] = do_nothing) -> Zygote:
+    zygote = Zygote(dict(os.environ), preload, hazard)
     zygote.start()
     return zygote
 

@@ -846,8 +846,8 @@ class TestStoppedZygote:
         gate.wait_until_reached()  # it is about to fork
         context.seal()
         join([starter])
-        gate.open()
-        gate.open()
+        for _ in range(4):  # two forks, each checked before and after
+            gate.open()
         assert is_forked(zygote, forking(zygote))  # it is asked for after the other one
         assert becomes(lambda: pids_of_children(zygote) == [])
         assert not (tmp_path / "file").exists()

@@ -8,7 +8,6 @@ import importlib
 import json
 import logging
 import os
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,15 +88,10 @@ def preload(model: str) -> None:
 
 
 def hazard() -> str | None:
-    """Run in the zygote: why a fork of it would not be clean; None if it would."""
+    """Run in the zygote before each fork, and in each child after it: why that is not clean; None if it is."""
     if os.environ.get(platform.CUDA_COMPATIBILITY, "0") not in ("", "0"):
         return "the linker finds CUDA's compatibility libraries only in a fresh process"
-    torch = sys.modules.get("torch")
-    for name in ("cuda", "xpu"):
-        accelerator = getattr(torch, name, None)
-        if accelerator is not None and accelerator.is_initialized():
-            return f"it has initialised torch.{name}"
-    return None
+    return platform.initialised_accelerator()
 
 
 def _modules(model: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Every name of vLLM that this package imports, wraps or reads; no other module of it does.
+"""Every name of vLLM, and the private ones of torch, that this package uses; no other module of it does.
 
 The private ones are :class:`Seam` objects. Where one is gone, what it gave is gone with it and the rest works, unless
 it is vital. ``SEAMS`` lists them with what is lost; ``xinf-vllm doctor`` prints them and a test looks them up in the

@@ -1,11 +1,13 @@
-"""The installed build of vLLM, its devices, its modules, and the variables that it reads."""
+"""The installed build of vLLM: its devices and whether they are initialised, its modules, the variables it reads."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.metadata
 import importlib.util
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,64 @@ def devices(engine_args: Any, wanted: str) -> list[str]:
         ranks *= getattr(engine_args, size, None) or 1
     visible = os.environ.get(current_platform.device_control_env_var)
     return (visible.split(",") if visible else [str(rank) for rank in range(ranks)])[:ranks]
+
+
+CUDA_FORK = Seam(
+    "torch.cuda",
+    "_is_in_bad_fork",
+    "seeing in a forked engine process that CUDA or ROCm was initialised before the fork",
+    "engine processes are spawned",
+)
+XPU_FORK = Seam(
+    "torch.xpu",
+    "_is_in_bad_fork",
+    "seeing in a forked engine process that an XPU was initialised before the fork",
+    "engine processes are spawned",
+)
+CUDA_DRIVER = "libcuda.so.1"
+NOT_INITIALIZED = 3  # CUDA_ERROR_NOT_INITIALIZED: what the driver answers to any call before cuInit()
+# What ROCm and Level Zero open when they are initialised. Not those of NVIDIA: NVML opens them too, and may be forked.
+DEVICE_FILES: tuple[str, ...] = ("/dev/kfd", "/dev/dri/")
+
+
+def initialised_accelerator() -> str | None:
+    """What shows that this process, or one it was forked from, has initialised an accelerator; None if nothing does.
+
+    Also tells what keeps that from being known. Imports nothing, loads nothing and initialises nothing.
+    """
+    return _seen_by_torch(CUDA_FORK) or _seen_by_torch(XPU_FORK) or _seen_by_the_driver() or _seen_by_files()
+
+
+def _seen_by_torch(accelerator: Seam) -> str | None:
+    module = sys.modules.get(accelerator.module)
+    if module is None:
+        return None
+    if not accelerator.present():
+        return f"{accelerator.module} does not tell whether it was initialised before a fork"
+    if module._is_in_bad_fork():  # the first: a module in a bad fork denies that it is initialised
+        return f"{accelerator.module} was initialised before the fork"
+    return f"it has initialised {accelerator.module}" if module.is_initialized() else None
+
+
+def _seen_by_the_driver() -> str | None:
+    try:
+        driver = ctypes.CDLL(CUDA_DRIVER, mode=os.RTLD_NOLOAD)
+    except OSError:  # nobody has loaded it
+        return None
+    try:
+        answer = driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int()))
+    except AttributeError:
+        return f"{CUDA_DRIVER} does not tell whether it was initialised"
+    return None if answer == NOT_INITIALIZED else f"it has initialised CUDA (cuDeviceGetCount() answered {answer})"
+
+
+def _seen_by_files() -> str | None:
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the one by which the others are listed
+            path = os.readlink(f"/proc/self/fd/{fd}")
+            if path.startswith(DEVICE_FILES):
+                return f"it has {path} open"
+    return None
 
 
 def port_environment() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""One private name of vLLM, and how it is wrapped."""
+"""One private name of vLLM or torch, and how it is wrapped."""
 
 from __future__ import annotations
 

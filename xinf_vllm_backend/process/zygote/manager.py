@@ -30,7 +30,7 @@ class Zygote:
     Args:
         environment: its environment; some variables its children cannot change (see :func:`frozen`).
         preload: importable function that imports what the children need.
-        hazard: importable function that says why a fork would not be clean, or None.
+        hazard: importable function that says, before a fork and in the child after it, why that is not clean, or None.
     """
 
     def __init__(

@@ -15,6 +15,7 @@ from multiprocessing import parent_process, spawn
 from multiprocessing.connection import Connection, wait
 
 from .. import bootstrap, popen
+from . import checked
 from .client import MAX_FDS
 
 
@@ -123,7 +124,7 @@ class _Server:
             sys.stdout.flush()
             sys.stderr.flush()
             try:
-                return os.fork()
+                return checked.fork(self._hazard)
             except OSError as error:
                 reason = str(error)
         _tell(status, reason)
@@ -140,12 +141,15 @@ class _Server:
             os.close(fd)
 
     def _reap(self) -> None:
-        while self._children:
-            pid, how = os.waitpid(-1, os.WNOHANG)
+        while True:
+            try:
+                pid, how = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:  # there are none
+                return
             if pid == 0:
                 return
             status = self._children.pop(pid, None)
-            if status is not None:  # else a process that an import had started
+            if status is not None:  # else a process that an import had started, or a child that was not clean
                 with status:
                     _tell(status, str(os.waitstatus_to_exitcode(how)))
 
