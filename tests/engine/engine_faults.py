@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fault_names import FAULT
+from fault_names import FAILURE, FAULT
 from vllm.v1.sample.logits_processor import LogitsProcessor
+
+from xinf_vllm_backend.process import bootstrap
 
 HELD = 60.0  # seconds; reached only by a test that has failed
 
@@ -43,6 +45,19 @@ def dies(how: signal.Signals) -> None:
     os.kill(os.getpid(), how)
 
 
+def cannot_initialise() -> None:
+    raise RuntimeError("Cannot re-initialize CUDA in forked subprocess. To use CUDA with multiprocessing, use 'spawn'")
+
+
+def runs_out_of_memory() -> None:
+    raise RuntimeError("CUDA error: out of memory")
+
+
+FAILURES: dict[str, Callable[[], object]] = {
+    "segfaults": lambda: dies(signal.SIGSEGV),
+    "cannot initialise": cannot_initialise,
+    "runs out of memory": runs_out_of_memory,
+}
 ACTIONS: dict[str, Callable[[], object]] = {
     "raises": raises,
     "waits": waits,
@@ -93,6 +108,15 @@ class Faults(LogitsProcessor):
             if file:
                 Path(file).touch()
             ACTIONS[action]()
+
+
+class FailsWhenForked(Faults):
+    """Fails the start of an engine whose Worker was forked, as an accelerator that was initialised before does."""
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        super().__init__(vllm_config, device, is_pin_memory)
+        if bootstrap.was_forked:
+            FAILURES[os.environ[FAILURE]]()
 
 
 class StallsWhenMade(Faults):

@@ -166,12 +166,12 @@ async def refusal(stream: Stream) -> BaseException:
     return refused.value.__cause__ or refused.value
 
 
-async def until(predicate: Callable[[], bool]) -> None:
+async def until(predicate: Callable[[], bool], bound: float = BOUND) -> None:
     async def ask() -> None:
         while not predicate():
             await asyncio.sleep(0.01)
 
-    await asyncio.wait_for(ask(), BOUND)
+    await asyncio.wait_for(ask(), bound)
 
 
 def kinds() -> dict[str, dict[str, Any]]:

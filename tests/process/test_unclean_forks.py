@@ -154,6 +154,7 @@ class TestSignsOfTorch:
         process = started(context, targets.append, tmp_path / "file", "once")
         assert exit_code(process) == 0
         assert (tmp_path / "file").read_text() == "once"
+        assert not process.was_forked
         assert log() == [f"torch.{accelerator} was initialised before the fork"]
         assert becomes(lambda: children(zygote) == [])
 

@@ -322,3 +322,57 @@ class TestDescribe:
             pass
 
         assert diagnosis.describe(ValidationError("a marshmallow")) == "ValidationError: a marshmallow"
+
+
+class TestWhatMayBeTheFork:
+    """What a forked engine fails with, and a spawned one may not."""
+
+    @pytest.mark.parametrize(
+        "cause",
+        [
+            "RuntimeError: Cannot re-initialize CUDA in forked subprocess. To use CUDA with multiprocessing, you must",
+            "RuntimeError: Cannot re-initialize XPU in forked subprocess. To use XPU with multiprocessing, you must",
+            "AcceleratorError: CUDA error: initialization error",
+            "RuntimeError: HIP error: initialization error",
+            "RuntimeError: CUDA driver initialization failed, you might not have a CUDA gpu.",
+            "RuntimeError: CUDA driver error: CUDA_ERROR_NOT_INITIALIZED",
+            "RuntimeError: CUDA unknown error - this may be due to an incorrectly set up environment",
+            "RuntimeError: level_zero backend failed with error: UR_RESULT_ERROR_UNINITIALIZED",
+            "RuntimeError: NCCL error: unhandled cuda error (run with NCCL_DEBUG=INFO for details)",
+            "DistBackendError: NCCL error in: /pytorch/NCCLUtils.hpp:77, unhandled system error",
+        ],
+    )
+    def test_an_accelerator_that_cannot_be_initialised_may_be_the_fork(self, cause: str) -> None:
+        assert diagnosis.may_be_the_fork(cause, [])
+
+    @pytest.mark.parametrize(
+        "cause",
+        [
+            "OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB.",
+            "RuntimeError: NCCL error: unhandled cuda error: CUDA error: out of memory",
+            "RuntimeError: NCCL error: invalid usage (run with NCCL_DEBUG=WARN for details)",
+            "RuntimeError: No CUDA GPUs are available",
+            "AcceleratorError: CUDA error: invalid device ordinal",
+            "ValueError: max_model_len (1000000) is greater than the derived max_model_len",
+            "SafetensorError: Error while deserializing header: header too small",
+            "RuntimeError: Engine process initialization timed out",
+        ],
+    )
+    def test_memory_and_configuration_are_not_the_fork(self, cause: str) -> None:
+        assert not diagnosis.may_be_the_fork(cause, [])
+
+    @pytest.mark.parametrize(
+        ("how", "may_be"),
+        [
+            ("was killed by SIGSEGV", True),
+            ("was killed by SIGABRT", True),
+            ("was killed by signal 63", True),
+            ("was killed by SIGKILL", False),
+            ("was killed by SIGKILL, as the kernel does when memory runs out", False),
+            ("was killed by SIGTERM", False),
+            ("exited with status 1", False),
+        ],
+    )
+    def test_a_process_that_a_crash_ended_may_be_the_fork(self, how: str, may_be: bool) -> None:
+        ended = ["EngineCore (pid 12) exited with status 1", f"VllmWorker-0 (pid 13) {how}"]
+        assert diagnosis.may_be_the_fork("RuntimeError: Engine core failed", ended) is may_be

@@ -1,15 +1,62 @@
-"""What is looked at before a zygote forks; real zygotes are for tests/process."""
+"""When a model process has a zygote, and what is looked at before one forks; real zygotes are for tests/process."""
 
 from __future__ import annotations
 
 import sys
 import threading
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from xinf_vllm_backend.engine import preload
+from xinf_vllm_backend.process.zygote.client import ZygoteUnavailableError
+
+
+class Zygote:
+    """A stand-in that starts nothing; ``made`` has all of them."""
+
+    made: ClassVar[list[Zygote]] = []
+
+    def __init__(self, *arguments: Any) -> None:
+        self.calls: list[str] = []
+        self.made.append(self)
+
+    def start(self) -> None:
+        self.calls.append("start")
+
+    def stop(self) -> None:
+        self.calls.append("stop")
+
+    def client(self) -> Any:
+        raise ZygoteUnavailableError("it is a stand-in")
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Zygote]:
+    """The zygotes of this process, which has none yet."""
+    monkeypatch.setattr(Zygote, "made", [])
+    monkeypatch.setattr(preload, "Zygote", Zygote)
+    monkeypatch.setattr(preload, "_zygote", None)
+    monkeypatch.setattr(preload, "_given_up", False)
+    return Zygote.made
+
+
+class TestZygoteOfAModelProcess:
+    def test_a_zygote_that_is_given_up_ends_and_no_other_is_started(
+        self, made: list[Zygote], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        preload.start_zygote("zygote", "model")
+        with pytest.raises(ZygoteUnavailableError):
+            preload.zygote_client("zygote")
+        for why in ("It segfaulted", "It segfaulted again"):
+            preload.give_up_zygote(why)
+            preload.start_zygote("zygote", "model")
+        assert [zygote.calls for zygote in made] == [["start", "stop"]]
+        assert preload.zygote_client("zygote") is None  # and so engine processes are spawned without further ado
+        assert [record.getMessage() for record in caplog.records] == [
+            "The zygote is given up, and engine processes are spawned from now on: It segfaulted"
+        ]
 
 
 class TestHazard:

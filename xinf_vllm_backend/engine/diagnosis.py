@@ -16,6 +16,16 @@ _RAISED = re.compile(
 )
 _PYDANTIC = re.compile(r"^\d+ validation errors? for ")  # what is wrong stands in the two lines after it
 _ENDED = re.compile(r"^\S+ \(pid \d+\) (?:was killed by|exited with status) ")
+_KILLED = re.compile(r" was killed by (\w+)")
+_ORDINARY = ("SIGKILL", "SIGTERM")  # of what is told to go, and of what the kernel ends when memory runs out
+# Said where an accelerator, or what connects several of them, cannot be initialised.
+_NOT_INITIALISED = re.compile(
+    r"re-initialize \w+ in forked subprocess"
+    r"|error: initialization error|ErrorInitializationError|ErrorNotInitialized|_(?:NOT_|UN)INITIALIZED"
+    r"|(?:CUDA|HIP|XPU) initialization:|driver initialization failed|driver not initialized|CUDA unknown error"
+    r"|NCCL error(?!.*invalid (?:usage|argument))|nccl(?:UnhandledCuda|System|Internal)Error"
+)
+_OUT_OF_MEMORY = re.compile(r"out of memory", re.IGNORECASE)
 _SAME_CHAIN = re.compile(r"^(The above exception was the direct cause|During handling of the above exception)")
 # Said by a process about another one's failure, or by one that is told to go.
 _SECOND_HAND = (
@@ -89,6 +99,18 @@ def describe(error: BaseException) -> str:
         )
     kind, text = type(error).__name__, " ".join(str(error).split())
     return _advised(f"{kind}: {text}" if text else kind)
+
+
+def may_be_the_fork(cause: str, ended: Iterable[str]) -> bool:
+    """Whether a forked engine failed to start in a way in which a spawned one might not.
+
+    Args:
+        cause: the root cause.
+        ended: how processes of it ended (see :mod:`..process.exits`).
+    """
+    signals = [killed[1] for killed in map(_KILLED.search, ended) if killed]
+    named = _NOT_INITIALISED.search(cause) and not _OUT_OF_MEMORY.search(cause)
+    return bool(named) or any(signal not in _ORDINARY for signal in signals)
 
 
 def last_words(lines: Sequence[str]) -> str | None:

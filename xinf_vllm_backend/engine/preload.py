@@ -19,6 +19,7 @@ from .seams import platform, start
 logger = logging.getLogger(__name__)
 
 _zygote: Zygote | None = None
+_given_up = False  # there will be no other
 _lock = threading.Lock()
 
 
@@ -33,7 +34,7 @@ def start_zygote(method: str, model: str) -> None:
     """
     global _zygote
     with _lock:
-        if _zygote is not None or resolve(method) != "zygote":
+        if _zygote is not None or _given_up or resolve(method) != "zygote":
             return
         environment = {**os.environ, **start.SPAWN, **platform.ld_preload()}
         zygote = Zygote(environment, functools.partial(preload, model), hazard)
@@ -53,7 +54,7 @@ def resolve(method: str) -> str:
 
 
 def zygote_client(method: str) -> ZygoteClient | None:
-    """The client that has engine processes forked; None where ``method`` means to spawn.
+    """The client that has engine processes forked; None where they are to be spawned.
 
     Raises:
         ZygoteUnavailableError: the zygote is gone.
@@ -74,6 +75,19 @@ def stop_zygote() -> None:
     global _zygote
     with _lock:
         zygote, _zygote = _zygote, None
+    if zygote is not None:
+        zygote.stop()
+
+
+def give_up_zygote(why: str) -> None:
+    """Have all further engine processes of this process spawned: end its zygote and start no other."""
+    global _zygote, _given_up
+    with _lock:
+        if _given_up:
+            return
+        _given_up = True
+        zygote, _zygote = _zygote, None
+    logger.warning("The zygote is given up, and engine processes are spawned from now on: %s", why)
     if zygote is not None:
         zygote.stop()
 

@@ -8,7 +8,7 @@ import multiprocessing.connection
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..errors import BackendError, EngineStartError, EngineStartTimeoutError, EngineStoppedError
@@ -44,11 +44,13 @@ class EngineProcesses:
 
     Attributes:
         client: vLLM's client of EngineCore, once that is ready.
+        may_be_the_fork: whether they were forked, and failed to start in a way in which spawned ones might not.
     """
 
     def __init__(self, spec: EngineSpec, on_loss: Callable[[], None] = lambda: None) -> None:
         self._spec = spec
         self.client: Any = None
+        self.may_be_the_fork = False
         self._made: Any = None
         self._resources: list[Any] = []
         self._phase = Phase.ENVIRONMENT
@@ -172,9 +174,14 @@ class EngineProcesses:
         cause = diagnosis.describe(error)
         self._context.await_output(EXIT_TIMEOUT)
         if any(child.exitcode for child in self._context.children):  # a child failed, or was ended with the rest
-            ended = self._how_children_ended() if diagnosis.is_second_hand(cause) else None
-            cause = diagnosis.root_cause(self._tail.lines()) or ended or cause
+            died = self._how_children_ended() if diagnosis.is_second_hand(cause) else None
+            cause = diagnosis.root_cause(self._tail.lines()) or died or cause
+        ended = [*self._context.lost, *_how_ended(self._context.children)]
+        self.may_be_the_fork = self._were_forked() and diagnosis.may_be_the_fork(cause, ended)
         return f"The vLLM engine of {self._spec.name} failed to start: {cause}"
+
+    def _were_forked(self) -> bool:
+        return any(child.was_forked for child in self._context.children)
 
     def _release(self) -> None:
         while self._resources:  # each once: a ZeroMQ context that is ended twice at a time aborts this process
@@ -221,8 +228,7 @@ class EngineProcesses:
         return [child for child in self._context.children if child.name != start.INSPECTION_PROCESS]
 
     def _how_children_ended(self) -> str | None:
-        ended = [child for child in self._serving() if child.exitcode is not None]
-        return ", ".join(describe_exit(c.name, c.pid, c.exitcode) for c in ended) or None
+        return ", ".join(_how_ended(self._serving())) or None
 
     # -- stop
 
@@ -279,3 +285,7 @@ class EngineProcesses:
         if left:
             pids = ", ".join(str(process.pid) for process in left)
             raise BackendError(f"Processes of the vLLM engine of {self._spec.name} could not be killed: pid {pids}")
+
+
+def _how_ended(children: Iterable[Any]) -> list[str]:
+    return [describe_exit(child.name, child.pid, child.exitcode) for child in children if child.exitcode is not None]

@@ -7,12 +7,19 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from ..errors import BackendError, EngineDiedError, EngineRestartingError, EngineStaleError, EngineStoppedError
-from . import arguments
+from ..errors import (
+    BackendError,
+    EngineDiedError,
+    EngineRestartingError,
+    EngineStaleError,
+    EngineStartError,
+    EngineStoppedError,
+)
+from . import arguments, preload
 from .client import EngineClient
 from .death import Death, Ending, RequestInFlight
 from .lifecycle import Lifecycle, State
@@ -79,14 +86,24 @@ class EngineSupervisor:
         begun = time.monotonic()
         arguments.check(self._spec.arguments)
         self.lifecycle.move(State.STARTING, "it was launched")
-        processes = self._next_processes(self._spec)
         try:
-            self._engine = processes.start(lambda: self._make_engine(processes), since)
+            self._engine = self._started(self._spec, self._make_engine, begun if since is None else since)
         except BackendError as error:
             self.lifecycle.move(State.FAILED, str(error))
             raise
         self.lifecycle.move(State.READY, f"it was started in {time.monotonic() - begun:.1f} s")
         self._spec.on_phase(Phase.READY)
+
+    def _started(self, spec: EngineSpec, make: Callable[[EngineProcesses], Any], since: float) -> Any:
+        """What ``make`` returns; where the fork may be why it failed, it is called again with spawned processes."""
+        processes = self._next_processes(spec)
+        try:
+            return processes.start(lambda: make(processes), since)
+        except EngineStartError as error:
+            if not processes.may_be_the_fork:
+                raise
+            preload.give_up_zygote(str(error))
+        return self._started(spec, make, since)
 
     def _next_processes(self, spec: EngineSpec) -> EngineProcesses:
         with self._lock:
@@ -186,9 +203,10 @@ class EngineSupervisor:
 
     def _start_again(self) -> EngineProcesses:
         self._current.stop(kill=True)  # raises if a process of the last engine is left; then none is started
-        processes = self._next_processes(replace(self._spec, on_phase=lambda phase: None))
-        processes.client = processes.start(lambda: core_client.make_client(self._spec.arguments))
-        return processes
+        spec = replace(self._spec, on_phase=lambda phase: None)
+        client = self._started(spec, lambda _: core_client.make_client(self._spec.arguments), time.monotonic())
+        self._current.client = client
+        return self._current
 
     def _serve_again(self, processes: EngineProcesses, how: str) -> None:
         self.restarts += 1

@@ -224,6 +224,11 @@ class EngineProcess(SpawnProcess):
         """Send the process what it is to run; False if ``cancelled`` was set before it could take that."""
         return bool(self._popen.send_call(cancelled))  # type: ignore[attr-defined]
 
+    @property
+    def was_forked(self) -> bool:
+        """Whether it was forked by the zygote; False if it was spawned, or not started."""
+        return isinstance(self._popen, ZygotePopen)  # type: ignore[attr-defined]
+
     def release(self) -> None:
         """Close the files by which the process is watched, if it has ended; its exit code stays known."""
         if self._popen is not None and self.exitcode is not None:  # type: ignore[attr-defined]
