@@ -58,7 +58,7 @@ class Settings(BaseModel):
         "continue", description="what happens to a request that cannot continue exactly"
     )
     engine_start_method: Literal["auto", "spawn", "zygote"] = Field(
-        "auto", description="how engine processes are started; auto: zygote on a CPU host, else spawn"
+        "auto", description="how engine processes are started; auto: zygote"
     )
     device_locks: str = Field(
         "auto",

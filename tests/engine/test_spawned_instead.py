@@ -29,7 +29,7 @@ def own_zygote(make_watched: MakeWatched, tiny_model: Path) -> Iterator[int]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preload, "_zygote", None)
         patch.setattr(preload, "_given_up", False)
-        preload.start_zygote("zygote", str(tiny_model))
+        preload.start_zygote("auto", str(tiny_model))
         pid = preload.zygote_pid()
         assert pid is not None
         yield pid
@@ -46,7 +46,7 @@ async def test_an_engine_that_crashes_when_forked_is_spawned_at_its_launch_and_a
     own_zygote: int, make_watched: MakeWatched, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv(FAILURE, "segfaults")
-    supervisor = await make_watched(logits_processors=[FAILS_WHEN_FORKED], recovery_timeout=SPAWNED)
+    supervisor = await make_watched(method="auto", logits_processors=[FAILS_WHEN_FORKED], recovery_timeout=SPAWNED)
     (warning,) = [message for message in caplog.messages if "zygote" in message]
     assert warning.startswith("The zygote is given up, and engine processes are spawned from now on: ")
     assert "was killed by SIGSEGV" in warning
@@ -65,7 +65,7 @@ async def test_an_engine_whose_accelerator_cannot_be_initialised_when_forked_is_
     own_zygote: int, make_watched: MakeWatched, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv(FAILURE, "cannot initialise")
-    supervisor = await make_watched(logits_processors=[FAILS_WHEN_FORKED])
+    supervisor = await make_watched(method="auto", logits_processors=[FAILS_WHEN_FORKED])
     assert "spawned from now on: The vLLM engine of tiny failed to start: RuntimeError: Cannot re-init" in caplog.text
     assert is_spawned(supervisor)
 

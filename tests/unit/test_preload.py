@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import pytest
 
 from xinf_vllm_backend.engine import preload
+from xinf_vllm_backend.engine.seams import platform
 from xinf_vllm_backend.process.zygote.client import ZygoteUnavailableError
 
 
@@ -43,17 +44,27 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Zygote]:
 
 
 class TestZygoteOfAModelProcess:
+    @pytest.mark.parametrize("cpu", [False, True], ids=["with GPUs", "without"])
+    @pytest.mark.parametrize(("method", "count"), [("auto", 1), ("zygote", 1), ("spawn", 0)])
+    def test_a_model_process_has_a_zygote_on_every_host_unless_spawn_is_asked_for(
+        self, made: list[Zygote], monkeypatch: pytest.MonkeyPatch, method: str, count: int, cpu: bool
+    ) -> None:
+        monkeypatch.setattr(platform, "is_cpu_build", lambda: cpu)
+        preload.start_zygote(method, "model")
+        preload.start_zygote(method, "model")
+        assert [zygote.calls for zygote in made] == [["start"]] * count
+
     def test_a_zygote_that_is_given_up_ends_and_no_other_is_started(
         self, made: list[Zygote], caplog: pytest.LogCaptureFixture
     ) -> None:
-        preload.start_zygote("zygote", "model")
+        preload.start_zygote("auto", "model")
         with pytest.raises(ZygoteUnavailableError):
-            preload.zygote_client("zygote")
+            preload.zygote_client("auto")
         for why in ("It segfaulted", "It segfaulted again"):
             preload.give_up_zygote(why)
-            preload.start_zygote("zygote", "model")
+            preload.start_zygote("auto", "model")
         assert [zygote.calls for zygote in made] == [["start", "stop"]]
-        assert preload.zygote_client("zygote") is None  # and so engine processes are spawned without further ado
+        assert preload.zygote_client("auto") is None  # and so engine processes are spawned without further ado
         assert [record.getMessage() for record in caplog.records] == [
             "The zygote is given up, and engine processes are spawned from now on: It segfaulted"
         ]

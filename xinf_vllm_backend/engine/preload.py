@@ -47,10 +47,8 @@ def start_zygote(method: str, model: str) -> None:
 
 
 def resolve(method: str) -> str:
-    """The method that "auto" means here: "zygote" on the CPU, where engines of it were measured to serve as fast."""
-    if method == "auto":
-        return "zygote" if platform.is_cpu_build() else "spawn"
-    return method
+    """The method that ``method`` means here."""
+    return "zygote" if method == "auto" else method
 
 
 def zygote_client(method: str) -> ZygoteClient | None:
