@@ -161,17 +161,23 @@ class TestSignsOfTorch:
 
 class TestTheCheckOfAChild:
     @pytest.mark.parametrize(
-        ("how", "reason"),
+        ("how", "preload", "reason"),
         [
-            ("raises", "its child ended before it was checked"),
-            ("is killed", "its child ended before it was checked"),
-            ("is stopped", "its child could not be checked within 0.2 s"),
+            ("raises", targets.do_nothing, "its child ended before it was checked"),
+            ("is killed", targets.do_nothing, "its child ended before it was checked"),
+            ("is stopped", preloaded.little_patience, "its child could not be checked within 0.2 s"),
         ],
+        ids=["raises", "is killed", "is stopped"],
     )
     def test_a_process_whose_check_does_not_end_well_is_spawned_and_nothing_is_left(
-        self, make_zygote: MakeZygote, how: str, reason: str, log: Callable[[], list[str]]
+        self,
+        make_zygote: MakeZygote,
+        how: str,
+        preload: Callable[[], None],
+        reason: str,
+        log: Callable[[], list[str]],
     ) -> None:
-        zygote = make_zygote(preloaded.little_patience, functools.partial(preloaded.a_child_that, how))
+        zygote = make_zygote(preload, functools.partial(preloaded.a_child_that, how))
         assert not is_forked(zygote)
         assert log() == [reason]
         assert becomes(lambda: children(zygote) == [])

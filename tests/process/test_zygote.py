@@ -151,6 +151,7 @@ class TestForkedChild:
         near, far = Pipe()
         process = started(forking(zygote), targets.tell_parent, far)
         assert receive(near) == (process.pid, zygote.pid)
+        assert process.was_forked
         assert exit_code(process) == 0
         assert zygote.pid != os.getpid()
 
