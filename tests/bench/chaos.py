@@ -34,7 +34,7 @@ from xinf_vllm_backend.demo.cluster import Cluster, title, wait_until
 from xinf_vllm_backend.demo.tiny_model import make_tiny_model, model_registration
 from xinf_vllm_backend.process.cleanup import SHARED_MEMORY
 
-from .launches import BOTH
+from .launches import BOTH, ended
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -486,12 +486,6 @@ def until_ready(cluster: Cluster, kind: str, victim: psutil.Process) -> None:
     if kind != "zygote":  # without it engines start more slowly, but they do
         wait_until(lambda: victims(cluster, kind), PATIENCE, f"another {kind}")
     wait_until(lambda: status(cluster).get("state") == "ready", PATIENCE, "the engine to be ready")
-
-
-def ended(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-    return True
 
 
 def status(cluster: Cluster) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import psutil
 from xinf_vllm_backend.demo.cluster import STOCK_ON_CPU, Cluster, wait_until
 from xinf_vllm_backend.demo.tiny_model import make_tiny_model, model_registration
 
-from .chaos import ended
+from .launches import ended
 
 STOCK = (*STOCK_ON_CPU, "--gpu_memory_utilization", "0.2")  # ours needs none
 # No compilation.

@@ -10,21 +10,35 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
+import click
 import openai
 import psutil
 
-from xinf_vllm_backend.demo.cluster import STOCK_ON_CPU, Cluster, launch_arguments
+from xinf_vllm_backend.demo.cluster import STOCK_ON_CPU, Cluster, launch_arguments, title, wait_until
 from xinf_vllm_backend.demo.tiny_model import model_registration
 
 from .engines import KV_CACHE
 from .report import Samples
 
+T = TypeVar("T")
+
 BOTH = ("--enforce_eager", "true", "--kv_cache_memory_bytes", str(KV_CACHE))
 PATIENCE = 300.0  # seconds
 POLL = 0.2  # seconds
+IDLE = 0.5  # seconds without CPU time after which a process sleeps
+STOCK, OURS, SPAWNED = "stock", "ours", "ours, spawned"
+EXTENSION = "xinf_vllm_backend:extension"
+# Each side by the extension and the environment of its cluster.
+CLUSTERS: dict[str, tuple[str | None, dict[str, str]]] = {
+    STOCK: (None, {}),
+    OURS: (EXTENSION, {}),
+    SPAWNED: (EXTENSION, {"XINF_VLLM_HOST_ZYGOTE": "off"}),
+}
+HOST_ZYGOTE = "xinf-vllm host zygote"
 # What ends each phase on either side: a line of the log, or (None) the creation of the EngineCore process.
 PHASES: dict[str, str | None] = {
     "command line and worker": r"Enter launch_builtin_model",
@@ -35,6 +49,7 @@ PHASES: dict[str, str | None] = {
     "weights, profiling, warm-up": r"init engine \(profile",
 }
 TO_ANSWER = "ready to first answer"
+COMPLETE = "`xinference launch` at 100 % to first answer"
 # The same for the phases that only we log.
 OUR_PHASES = {
     "command line and worker": r"Enter launch_builtin_model",
@@ -49,52 +64,98 @@ OUR_PHASES = {
 
 
 class Side:
-    """A cluster that is up, stock or ours, and is launched on again and again.
+    """A cluster that is up, of one of the kinds in CLUSTERS, and is launched on again and again.
 
     Args:
-        name: "stock" or "ours".
+        name: a key of CLUSTERS.
         cluster: the tiny model is registered there.
     """
 
     def __init__(self, name: str, cluster: Cluster) -> None:
         self.name = name
-        self._cluster = cluster
+        self.cluster = cluster
         self._client = cluster.openai()
-        self._arguments = BOTH if name == "ours" else (*STOCK_ON_CPU, *BOTH)
+        self._arguments = (*STOCK_ON_CPU, *BOTH) if name == STOCK else BOTH
 
     def forget_architectures(self) -> None:
         """Remove what vLLM found out about model classes."""
-        shutil.rmtree(Path(self._cluster.environment["VLLM_CACHE_ROOT"]) / "modelinfos", ignore_errors=True)
+        shutil.rmtree(Path(self.cluster.environment["VLLM_CACHE_ROOT"]) / "modelinfos", ignore_errors=True)
 
     def launch(self, samples: Samples | None, name: str) -> None:
         """Launch the model, wait for an answer, take it down; adds to ``samples`` if there are any."""
-        with _log_lines(self._cluster.log_path) as lines:
+        wait_for_host_zygote(self.cluster)
+        with log_lines(self.cluster.log_path) as lines:
             begun = time.time()
             command = self._begin_launch()
             started = psutil.Process(command.pid).create_time()
+            progress = Progress(command)
             self._wait_for_answer(command)
             answered = time.time()
             command.wait(PATIENCE)
         # Both creation times have the same error, of up to a second, so their difference has none.
-        (core,) = self._cluster.engine_processes("EngineCore")
+        (core,) = self.cluster.engine_processes("EngineCore")
         processes = begun + core.create_time() - started
-        self._terminate()
+        self._check_start("tiny")
+        self.down()
         if samples is None:
             return
         samples.add(name, self.name, answered - begun)
+        samples.add(f"{name}: {COMPLETE}", self.name, max(0.0, answered - progress.complete()))
         for phase, taken in _phases(PHASES, lines, begun, processes, answered):
             samples.add(f"{name}: {phase}", self.name, taken)
-        if self.name == "ours":
+        if self.name == OURS:
             for phase, taken in _phases(OUR_PHASES, lines, begun, processes, answered):
                 samples.add(f"{name}: our own: {phase}", self.name, taken)
 
+    def up(self, uid: str = "tiny") -> None:
+        """Launch the model under ``uid``, without timing it, and wait for an answer."""
+        wait_for_host_zygote(self.cluster)
+        done = self.cluster.launch("tiny", "--model-uid", uid, *self._arguments, timeout=PATIENCE)
+        if done.returncode != 0:
+            raise RuntimeError(f"xinference launch ended with {done.returncode}\n{self.cluster.log_text()[-3000:]}")
+        self.answer(uid)
+
+    def answer(self, uid: str = "tiny") -> None:
+        """Wait for an answer of the model that runs."""
+        wait_until(lambda: self.cluster.answers(uid), PATIENCE, f"an answer of {uid}")
+        self._check_start(uid)
+
+    def down(self, uid: str = "tiny") -> None:
+        """Terminate the model, and wait until its processes have ended."""
+        processes = self.processes(uid)
+        self.cluster.cli("terminate", "--model-uid", uid)
+        wait_until(lambda: all(map(ended, processes)), PATIENCE, f"the processes of {uid} to end")
+
+    def model_process(self, uid: str = "tiny") -> psutil.Process:
+        """The process of the only replica of ``uid``."""
+        (process,) = self._model_processes(uid)
+        return process
+
+    def processes(self, uid: str = "tiny") -> list[psutil.Process]:
+        """The model process of ``uid`` and all that descend from it; none if it is not running."""
+        found = []
+        for process in self._model_processes(uid):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found += [process, *process.children(recursive=True)]
+        return found
+
+    def _model_processes(self, uid: str) -> list[psutil.Process]:
+        return [process for process in self.cluster.model_processes() if title(process).startswith(f"Model: {uid}-")]
+
+    def _check_start(self, uid: str) -> None:
+        """A fork that was refused would be measured as if it had been done."""
+        replicas = (self.cluster.get(f"/v1/models/{uid}/engine") or {"replicas": []})["replicas"]
+        unwanted = "spawned" if self.name == OURS else "forked"
+        if any((replica.get("started") or "").startswith(unwanted) for replica in replicas):
+            raise RuntimeError(f"{self.name}: the model process of {uid} was started otherwise: {replicas}")
+
     def _begin_launch(self) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            self._cluster.cli_line("launch", *launch_arguments("tiny", *self._arguments)),
-            env=self._cluster.environment,
+            self.cluster.cli_line("launch", *launch_arguments("tiny", *self._arguments)),
+            env=self.cluster.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
 
     def _wait_for_answer(self, command: subprocess.Popen[bytes]) -> None:
@@ -108,11 +169,44 @@ class Side:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(POLL)
-        raise RuntimeError(f"xinference launch ended with {command.poll()}\n{self._cluster.log_text()[-3000:]}")
+        raise RuntimeError(f"xinference launch ended with {command.poll()}\n{self.cluster.log_text()[-3000:]}")
 
-    def _terminate(self) -> None:
-        self._cluster.cli("terminate", "--model-uid", "tiny")
-        self._cluster.wait_until_unloaded()
+
+class Progress:
+    """Reads what ``xinference launch`` shows, and remembers when that was 100 %, or that it ended without."""
+
+    def __init__(self, command: subprocess.Popen[bytes]) -> None:
+        assert command.stderr is not None
+        self._shown = command.stderr
+        self._complete = 0.0
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def complete(self) -> float:
+        """When it was; the command has ended."""
+        self._thread.join(PATIENCE)
+        return self._complete
+
+    def _read(self) -> None:
+        shown = b""
+        with self._shown:
+            while b"| 100.0%" not in shown and (piece := os.read(self._shown.fileno(), 4096)):
+                shown += piece
+            self._complete = time.time()
+            while os.read(self._shown.fileno(), 4096):
+                pass
+
+
+def host_zygotes(cluster: Cluster) -> list[psutil.Process]:
+    """The processes that model processes are forked from: one for each worker, none where there is no such thing."""
+    return [process for process in cluster.processes() if title(process) == HOST_ZYGOTE]
+
+
+def wait_for_host_zygote(cluster: Cluster) -> None:
+    """Wait until the host zygote, if there is one, has imported: it sleeps then."""
+    for zygote in host_zygotes(cluster):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            wait_until(lambda: zygote.cpu_percent(IDLE) == 0, PATIENCE, "the host zygote to sleep")  # noqa: B023
 
 
 def _phases(
@@ -136,7 +230,7 @@ def _when(lines: list[tuple[float, str]], pattern: str) -> float:
 
 
 @contextlib.contextmanager
-def _log_lines(path: Path) -> Iterator[list[tuple[float, str]]]:
+def log_lines(path: Path) -> Iterator[list[tuple[float, str]]]:
     """The lines that are written to ``path`` meanwhile, each with when it came: vLLM's own times are whole seconds."""
     lines: list[tuple[float, str]] = []
     ended = threading.Event()
@@ -164,13 +258,30 @@ def _log_lines(path: Path) -> Iterator[list[tuple[float, str]]]:
 
 
 @contextlib.contextmanager
-def sides(model: Path) -> Iterator[list[Side]]:
-    """A cluster of each side, both up at once; each with a cache of vLLM's to itself."""
+def sides(model: Path, names: Sequence[str] = (STOCK, OURS)) -> Iterator[list[Side]]:
+    """A cluster of each side, all up at once; each with a cache of vLLM's to itself."""
     with contextlib.ExitStack() as stack:
-        both = []
-        for name, extension in (("stock", None), ("ours", "xinf_vllm_backend:extension")):
+        up = []
+        for name in names:
             cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="vllm-cache-"))
-            cluster = stack.enter_context(Cluster(extension=extension, env={"VLLM_CACHE_ROOT": cache}))
+            extension, environment = CLUSTERS[name]
+            environment = {**environment, "VLLM_CACHE_ROOT": cache}
+            cluster = stack.enter_context(Cluster(extension=extension, env=environment))
             cluster.register(model_registration("tiny", model))
-            both.append(Side(name, cluster))
-        yield both
+            up.append(Side(name, cluster))
+        yield up
+
+
+def ended(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    return True
+
+
+def turn(these: Sequence[T], number: int) -> Sequence[T]:
+    """In order, and in every other round the other way round."""
+    return these[::-1] if number % 2 else these
+
+
+def say(what: str) -> None:
+    click.echo(f"{time.strftime('%H:%M:%S')} {what}", err=True)

@@ -63,7 +63,7 @@ KILLS = ("SIGKILL EngineCore", "SIGKILL Worker")
 SHAPES = ("short", "long")
 BATCHES = 24  # of one round of throughput: some seconds
 
-MEDIAN, WORST, FIRST, FAILED, NEVER = "median", "worst", "first answer", "failed", "never"
+MEDIAN, WORST, FIRST, FAILED = "median", "worst", "first answer", "failed"
 THROUGHPUT = f"{REQUESTS} requests x {TOKENS} tokens, greedy"
 NOTES = f"""\
 The longest silence of each stream from the signal on, at which all ran: what was on its way comes first, then nothing
@@ -203,18 +203,9 @@ def faults_markdown(samples: Samples, faults: Sequence[str]) -> str:
             for side in SIDES:
                 series = [samples.of(f"{fault}, {clients}: {what}", side) for what in (MEDIAN, WORST, FIRST, FAILED)]
                 if all(series):
-                    figures = [*map(_seconds, series[:-1]), report.figure(series[-1], "%")]
+                    figures = [*(report.figure(each, "s") for each in series[:-1]), report.figure(series[-1], "%")]
                     lines.append(f"| {fault} | {clients} | {side} | {' | '.join(figures)} |")
     return "\n".join(["## One fault", "", NOTES, *lines, ""])
-
-
-def _seconds(values: Sequence[float]) -> str:
-    """The median of the rounds with its spread, and how many rounds had none."""
-    finite = [value for value in values if value < math.inf]
-    if not finite:
-        return NEVER
-    never = f", {NEVER} in {len(values) - len(finite)} of {len(values)}" if len(finite) < len(values) else ""
-    return report.figure(finite, "s") + never
 
 
 # -- many requests

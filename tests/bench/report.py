@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
+NEVER = "never"
 
 
 class Samples:
@@ -24,6 +25,10 @@ class Samples:
 
     def of(self, what: str, who: str) -> list[float]:
         return self._all.get((what, who), [])
+
+    def finite(self, what: str, who: str) -> list[float]:
+        """Without the rounds in which it never came."""
+        return [value for value in self.of(what, who) if value < math.inf]
 
     def median(self, what: str, who: str) -> float:
         return statistics.median(self.of(what, who))
@@ -69,13 +74,19 @@ class Table:
 
 def ratios(base: Sequence[float], ours: Sequence[float]) -> list[float]:
     """Of each round that both sides have."""
-    return [b / a for a, b in zip(base, ours, strict=False)]
+    return [b / a for a, b in zip(base, ours, strict=False) if 0 < a < math.inf and b < math.inf]
 
 
 def figure(values: Sequence[float], unit: str = "") -> str:
-    """The median and, of more than one, the spread."""
-    text = f"{digits(statistics.median(values))} {unit}".strip()
-    return text if len(values) == 1 else f"{text} ({digits(min(values))}-{digits(max(values))})"
+    """The median and, of more than one, the spread; and in how many rounds it never came, which are infinite."""
+    finite = [value for value in values if value < math.inf]
+    if not finite:
+        return NEVER if values else ""
+    text = f"{digits(statistics.median(finite))} {unit}".strip()
+    if len(finite) > 1:
+        text += f" ({digits(min(finite))}-{digits(max(finite))})"
+    missing = len(values) - len(finite)
+    return f"{text}, {NEVER} in {missing} of {len(values)}" if missing else text
 
 
 def digits(value: float) -> str:
@@ -96,46 +107,76 @@ def write_page(page: Path, measured: str) -> None:
 
 # -- the plot
 
-_COLOURS = {"stock": "#9aa0a6", "spawn": "#6c8ebf", "zygote": "#d9822b"}
+_COLOURS = {
+    "stock": "#9aa0a6",
+    "spawn": "#6c8ebf",
+    "zygote": "#d9822b",
+    "ours, spawned": "#6c8ebf",
+    "ours": "#d9822b",
+}
 _PHASES = ("#c7ccd1", "#6c8ebf", "#b5cde8", "#d9822b", "#f2c18d", "#7aa874", "#5b5b5b")
 
 
-def plot(
-    path: Path, samples: Samples, launch: str, phases: Sequence[str], counts: Sequence[int], sizes: Sequence[int]
-) -> bool:
-    """Draw those panels that there are samples for; False if there are none.
+@dataclass(frozen=True)
+class Panel:
+    """A part of the plot.
 
-    Args:
-        path: the file to write.
-        samples: for ``launch``, its ``phases`` ("LAUNCH: PHASE"), and by the names below.
-        counts: of engines (see :func:`engines_name`).
-        sizes: in bytes (see :func:`payload_name`).
+    Attributes:
+        width: beside others.
+        needs: what it shows, and of whom; it is left out unless all of that was measured.
+        draw: draws it.
     """
+
+    width: float
+    needs: Sequence[tuple[str, str]]
+    draw: Callable[[Any, Samples], None]
+
+
+def plot(path: Path, samples: Samples, rows: Sequence[Sequence[Panel]]) -> bool:
+    """Draw those panels that there are samples for; False if there are none."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels: list[Any] = []
-    if samples.of(launch, "stock") and samples.of(launch, "ours"):
-        panels.append((1.5, lambda axes: _draw_launch(axes, samples, launch, phases)))
-    if all(samples.of(engines_name(counts[-1]), who) for who in ("spawn", "zygote")):
-        panels.append((1.0, lambda axes: _draw_engines(axes, samples, counts)))
-    if samples.of(payload_name(sizes[-1]), "zygote"):
-        panels.append((1.2, lambda axes: _draw_payload(axes, samples, sizes)))
-    if not panels:
+    drawn = [[panel for panel in row if all(samples.finite(*need) for need in panel.needs)] for row in rows]
+    drawn = [row for row in drawn if row]
+    if not drawn:
         return False
-    widths = [width for width, _ in panels]
-    drawing, axes = pyplot.subplots(
-        1, len(panels), figsize=(4.2 * sum(widths), 4.4), width_ratios=widths, squeeze=False, layout="constrained"
-    )
-    for (_, draw), each in zip(panels, axes[0], strict=True):
-        each.spines[["top", "right"]].set_visible(False)
-        each.title.set_fontsize(11)
-        draw(each)
+    widest = max(sum(panel.width for panel in row) for row in drawn)
+    drawing = pyplot.figure(figsize=(4.2 * widest, 4.4 * len(drawn)), layout="constrained")
+    for part, row in zip(drawing.subfigures(len(drawn), 1, squeeze=False)[:, 0], drawn, strict=True):
+        axes = part.subplots(1, len(row), width_ratios=[panel.width for panel in row], squeeze=False)
+        for panel, each in zip(row, axes[0], strict=True):
+            each.spines[["top", "right"]].set_visible(False)
+            each.title.set_fontsize(11)
+            panel.draw(each, samples)
     drawing.savefig(path, dpi=130)
     pyplot.close(drawing)
     return True
+
+
+def launch_panel(launch: str, phases: Sequence[str]) -> Panel:
+    """``launch`` by its ``phases``, which the samples have as "LAUNCH: PHASE"."""
+    needs = [(launch, side) for side in ("stock", "ours")]
+    return Panel(1.5, needs, lambda axes, samples: _draw_launch(axes, samples, launch, phases))
+
+
+def bars_panel(title: str, unit: str, bars: Sequence[tuple[str, str]], scale: float = 1.0) -> Panel:
+    """A bar for each of ``bars``, what was measured and of whom; one ``unit`` is ``scale``."""
+    return Panel(0.9, bars, lambda axes, samples: _draw_bars(axes, samples, title, unit, bars, scale))
+
+
+def engines_panel(counts: Sequence[int]) -> Panel:
+    """The start of so many engines (see :func:`engines_name`)."""
+    needs = [(engines_name(counts[-1]), who) for who in ("spawn", "zygote")]
+    return Panel(1.0, needs, lambda axes, samples: _draw_engines(axes, samples, counts))
+
+
+def payload_panel(sizes: Sequence[int]) -> Panel:
+    """The start of a process by the bytes of its arguments (see :func:`payload_name`)."""
+    needs = [(payload_name(sizes[-1]), "zygote")]
+    return Panel(1.2, needs, lambda axes, samples: _draw_payload(axes, samples, sizes))
 
 
 def engines_name(count: int) -> str:
@@ -159,6 +200,20 @@ def _draw_launch(axes: Any, samples: Samples, launch: str, phases: Sequence[str]
     axes.set_ylabel("seconds")
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
+
+
+def _draw_bars(
+    axes: Any, samples: Samples, title: str, unit: str, bars: Sequence[tuple[str, str]], scale: float
+) -> None:
+    for index, (what, who) in enumerate(bars):
+        values = [value / scale for value in samples.finite(what, who)]
+        middle, highest = statistics.median(values), max(values)
+        spread = [[middle - min(values)], [highest - middle]]
+        axes.bar(index, middle, 0.55, yerr=spread, color=_COLOURS[who], ecolor="#444444")
+        axes.text(index, highest, digits(middle), ha="center", va="bottom", fontsize=9)
+    axes.set_xticks(range(len(bars)), [who.replace(", ", ",\n") for _, who in bars])
+    axes.set_ylabel(unit)
+    axes.set_title(title)
 
 
 def _draw_engines(axes: Any, samples: Samples, counts: Sequence[int]) -> None:
