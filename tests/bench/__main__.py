@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import click
 
-from . import events, kills, recovery, startup
+from . import events, host_kills, kills, recovery, startup
 
 benchmarks = click.Group(
     "bench",
-    commands={"events": events.main, "kills": kills.main, "recovery": recovery.main, "startup": startup.main},
+    commands={
+        "events": events.main,
+        "host-kills": host_kills.main,
+        "kills": kills.main,
+        "recovery": recovery.main,
+        "startup": startup.main,
+    },
 )
 
 if __name__ == "__main__":

@@ -21,12 +21,12 @@ import tempfile
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import click
 import psutil
@@ -163,6 +163,40 @@ class Files:
     temporary: frozenset[str]
 
 
+class Leaver(Protocol):
+    """What leaves something behind."""
+
+    def left(self, before: Files, alive: bool) -> list[str]: ...
+
+
+def files(temporary: Path) -> Files:
+    """What there is in shared memory and in the directory ``temporary``."""
+    paths = (
+        os.path.relpath(os.path.join(directory, name), temporary)
+        for directory, directories, names in os.walk(temporary)
+        for name in (*directories, *names)
+        if "torchinductor_" not in os.path.join(directory, name)  # torch's cache is meant to stay
+    )
+    return Files(frozenset(os.listdir(SHARED_MEMORY)), frozenset(paths))
+
+
+def new_files(before: Files, now: Files, ours: set[int]) -> list[str]:
+    """Those that there were not before, but for shared memory that processes use which are not ``ours``."""
+    new = now.shared_memory - before.shared_memory
+    found = [str(SHARED_MEMORY / name) for name in sorted(new - _used_by_others(new, ours))]
+    return found + [f"$TMPDIR/{path}" for path in sorted(now.temporary - before.temporary)]
+
+
+def _used_by_others(names: frozenset[str], ours: set[int]) -> set[str]:
+    """Those ``names`` in shared memory that processes use which are not ``ours``: others run engines here as well."""
+    used: set[str] = set()
+    for pid in psutil.pids() if names else []:
+        if pid not in ours:
+            with contextlib.suppress(OSError):
+                used |= names & set(Path(f"/proc/{pid}/maps").read_text().replace("/", " ").split())
+    return used
+
+
 class Owner:
     """A process of :mod:`.kills_owner` and all that descends from it. A context manager, which leaves nothing of it.
 
@@ -282,13 +316,7 @@ class Owner:
 
     def files(self) -> Files:
         """What there is now."""
-        paths = (
-            os.path.relpath(os.path.join(directory, name), self._temporary)
-            for directory, directories, names in os.walk(self._temporary)
-            for name in (*directories, *names)
-            if "torchinductor_" not in os.path.join(directory, name)  # torch's cache is meant to stay
-        )
-        return Files(frozenset(os.listdir(SHARED_MEMORY)), frozenset(paths))
+        return files(self._temporary)
 
     def left(self, before: Files, alive: bool) -> list[str]:
         """What is there that should not be, beside what was there ``before``.
@@ -303,22 +331,7 @@ class Owner:
                 tracker = process.ppid() == self.pid and "resource_tracker" in title(process)
                 if not (alive and (process.pid in (self.pid, zygote) or tracker)):
                     found.append(f"pid {process.pid} {title(process)[:60]!r} ({process.status()})")
-        now = self.files()
-        new = now.shared_memory - before.shared_memory
-        found += [str(SHARED_MEMORY / name) for name in sorted(new - self._used_by_others(new))]
-        return found + [f"$TMPDIR/{path}" for path in sorted(now.temporary - before.temporary)]
-
-    def _used_by_others(self, names: frozenset[str]) -> set[str]:
-        """Those ``names`` in shared memory that processes use which are not ours: others run engines here as well."""
-        if not names:
-            return set()
-        ours = {process.pid for process in self.processes()}
-        used: set[str] = set()
-        for pid in psutil.pids():
-            if pid not in ours:
-                with contextlib.suppress(OSError):
-                    used |= names & set(Path(f"/proc/{pid}/maps").read_text().replace("/", " ").split())
-        return used
+        return found + new_files(before, self.files(), {process.pid for process in self.processes()})
 
     def destroy(self) -> None:
         """Kill all that runs of it and remove its files, but for its log."""
@@ -448,7 +461,7 @@ def _until_told(outcome: Outcome, owner: Owner, since: float) -> None:
     outcome.said = f"{name}: {detail}"
 
 
-def until_clean(outcome: Outcome, owner: Owner, before: Files, since: float, alive: bool) -> None:
+def until_clean(outcome: Outcome, owner: Leaver, before: Files, since: float, alive: bool) -> None:
     """Wait until nothing is left, and say what was left for too long."""
     late: list[str] = []
     clean: float | None = None
@@ -508,12 +521,11 @@ def line(kill: Kill, outcome: Outcome) -> str:
     )
 
 
-def table(outcomes: list[tuple[Kill, Outcome]]) -> str:
-    """Kills by victim and phase, as Markdown."""
-    phases = [*STARTING, *(f"{phase}{load}" for phase in (SERVICE, STOP) for load in ("", ", loaded"))]
+def table(victims: Collection[str], phases: Collection[str], kills: Collection[tuple[str, str]]) -> str:
+    """How many ``kills``, each a victim and a phase, as Markdown."""
     lines = ["| victim | " + " | ".join(phases) + " | all |", "|--" * (len(phases) + 2) + "|"]
-    for victim in VICTIMS:
-        of_it = [kill.label for kill, outcome in outcomes if outcome.victim == victim]
+    for victim in victims:
+        of_it = [phase for killed, phase in kills if killed == victim]
         counts = [of_it.count(phase) or "" for phase in phases]
         lines.append(f"| {victim} | " + " | ".join(map(str, counts)) + f" | {len(of_it)} |")
     return "\n".join(lines)
@@ -538,9 +550,10 @@ def main(count: int, seed: int | None, only: str | None) -> None:
         for kill, outcome, log in _carry_out_all(kills, owners):
             click.echo(line(kill, outcome) + (f"\n       log: {log}" if outcome.faults else ""))
             outcomes.append((kill, outcome))
-    killed = [(kill, outcome) for kill, outcome in outcomes if outcome.victim != NOBODY]
+    killed = [(outcome.victim, kill.label) for kill, outcome in outcomes if outcome.victim != NOBODY]
     unclean = [kill.number for kill, outcome in outcomes if outcome.faults]
-    click.echo(f"\n{table(killed)}\n")
+    phases = [*STARTING, *(f"{phase}{load}" for phase in (SERVICE, STOP) for load in ("", ", loaded"))]
+    click.echo(f"\n{table(VICTIMS, phases, killed)}\n")
     slowest_kill, slowest = max(outcomes, key=lambda each: each[1].seconds)
     click.echo(f"{len(killed)} kills of seed {seed} in {time.monotonic() - begun:.0f} s; {len(unclean)} unclean")
     click.echo(f"slowest clean-up: {slowest.seconds:.2f} s, number {slowest_kill.number}")

@@ -144,10 +144,9 @@ class Side:
 
     def _check_start(self, uid: str) -> None:
         """A fork that was refused would be measured as if it had been done."""
-        replicas = (self.cluster.get(f"/v1/models/{uid}/engine") or {"replicas": []})["replicas"]
         unwanted = "spawned" if self.name == OURS else "forked"
-        if any((replica.get("started") or "").startswith(unwanted) for replica in replicas):
-            raise RuntimeError(f"{self.name}: the model process of {uid} was started otherwise: {replicas}")
+        if any(how.startswith(unwanted) for how in starts(self.cluster, uid)):
+            raise RuntimeError(f"{self.name}: model process of {uid}: {', '.join(starts(self.cluster, uid))}")
 
     def _begin_launch(self) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
@@ -200,6 +199,12 @@ class Progress:
 def host_zygotes(cluster: Cluster) -> list[psutil.Process]:
     """The processes that model processes are forked from: one for each worker, none where there is no such thing."""
     return [process for process in cluster.processes() if title(process) == HOST_ZYGOTE]
+
+
+def starts(cluster: Cluster, uid: str) -> list[str]:
+    """How the model process of each replica was started, as /engine says; "" where it does not."""
+    replicas = (cluster.get(f"/v1/models/{uid}/engine") or {"replicas": []})["replicas"]
+    return [replica.get("started") or "" for replica in replicas]
 
 
 def wait_for_host_zygote(cluster: Cluster) -> None:
