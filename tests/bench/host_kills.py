@@ -28,7 +28,7 @@ from xinf_vllm_backend.demo.cluster import Cluster, title, wait_until
 from xinf_vllm_backend.demo.tiny_model import make_tiny_model, model_registration
 
 from .kills import NOBODY, STARTING, Files, Outcome, files, new_files, table, until_clean
-from .launches import HOST_ZYGOTE, log_lines, starts, wait_for_host_zygote
+from .launches import APPEARS, HOST_ZYGOTE, log_lines, starts, wait_for_host_zygote
 
 ENDED = 180.0  # seconds within which every launch has ended, also where it is spawned
 ANOTHER = 60.0  # seconds within which there is another host zygote
@@ -98,9 +98,10 @@ class Host:
     def __enter__(self) -> Host:
         self.cluster.__enter__()
         self.cluster.register(model_registration("tiny", self._model))
+        wait_for_host_zygote(self.cluster, APPEARS)
         self._client = self.cluster.client()
         (self.worker,) = (each for each in self.cluster.processes() if "xinference-worker" in title(each))
-        self._others = {each.pid for each in self.cluster.processes()} - {each.pid for each in self._of_worker()}
+        self._others = {each.pid for each in self.cluster.processes()} - self.pids_of_worker()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -132,7 +133,21 @@ class Host:
         return " ".join([*sorted(states), *filter(None, errors)])
 
     def cancel(self, uid: str) -> None:
-        self._client.cancel_launch_model(uid)
+        """Cancel the launch, as soon as the supervisor knows of it.
+
+        Raises:
+            TimeoutError: it refuses.
+        """
+        wait_until(lambda: self._cancelled(uid), ENDED, f"the launch of {uid} to be cancelled")
+
+    def _cancelled(self, uid: str) -> bool:
+        try:
+            self._client.cancel_launch_model(uid)
+        except RuntimeError as error:
+            if "not been launched yet" in str(error):
+                return False
+            raise
+        return True
 
     def terminate(self, uid: str) -> None:
         self._client.terminate_model(uid)
@@ -155,19 +170,20 @@ class Host:
 
     def zygote(self) -> psutil.Process | None:
         """The host zygote, if there is one."""
-        return next((each for each in self._of_worker() if title(each) == HOST_ZYGOTE), None)
+        titled = [each for each in self._of_worker() if title(each) == HOST_ZYGOTE]
+        return min(titled, key=psutil.Process.create_time, default=None)  # what it forks has its title at first
 
-    def sub_pools(self) -> list[psutil.Process]:
-        """The model processes, from their start."""
-        return [each for each in self._children() if "start_sub_pool" in title(each) or _model_title(each)]
+    def new_model_processes(self, before: set[int]) -> list[psutil.Process]:
+        """Those that were not there ``before``, from their fork on."""
+        parents = {self.worker, self.zygote() or self.worker}
+        new = (each for parent in parents for each in _children(parent) if each.pid not in before)
+        return [each for each in new if "resource_tracker" not in title(each)]
+
+    def pids_of_worker(self) -> set[int]:
+        return {each.pid for each in self._of_worker()}
 
     def model_process(self, uid: str) -> psutil.Process | None:
-        return next((each for each in self._children() if _model_title(each).startswith(f"{uid}-")), None)
-
-    def _children(self) -> list[psutil.Process]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            return self.worker.children()
-        return []
+        return next((each for each in _children(self.worker) if _model_title(each).startswith(f"{uid}-")), None)
 
     def _of_worker(self) -> list[psutil.Process]:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -195,6 +211,12 @@ class Host:
         owners = {self.worker.pid, *([zygote.pid] if zygote else [])}
         trackers = (each for each in self._of_worker() if "resource_tracker" in title(each))
         return owners | {each.pid for each in trackers if _parent(each) in owners}
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.children()
+    return []
 
 
 def _parent(process: psutil.Process) -> int:
@@ -227,13 +249,13 @@ def carry_out(fault: Fault, host: Host, texts: set[str]) -> Outcome:
         before = host.files()
         uids = [f"m{fault.number}-{index}" for index in range(fault.launches)]
         with log_lines(host.cluster.log_path) as lines:
-            pools = {process.pid for process in host.sub_pools()}
+            rest = host.pids_of_worker()
             for uid in uids:
                 host.launch(uid)
-            victim = _reach(fault, host, uids, lines, pools)
+            victim = _reach(fault, host, uids, lines, rest)
             time.sleep(fault.delay)
         struck = time.monotonic()
-        hit = _strike(fault, host, victim, pools)
+        hit = _strike(fault, host, victim, rest)
         if fault.victim == WORKER:
             outcome.said = "killed"
             until_clean(outcome, host, before, struck, alive=False)
@@ -250,7 +272,7 @@ def carry_out(fault: Fault, host: Host, texts: set[str]) -> Outcome:
     return outcome
 
 
-def _reach(fault: Fault, host: Host, uids: Sequence[str], lines: list[tuple[float, str]], pools: set[int]) -> str:
+def _reach(fault: Fault, host: Host, uids: Sequence[str], lines: list[tuple[float, str]], rest: set[int]) -> str:
     """Wait until the first of ``uids`` is in the phase of ``fault``; returns which."""
     if fault.phase == BEFORE:
         return uids[0]
@@ -262,7 +284,7 @@ def _reach(fault: Fault, host: Host, uids: Sequence[str], lines: list[tuple[floa
     deadline = time.monotonic() + ENDED
     while time.monotonic() < deadline:
         if fault.phase in (FORK, HAND_OVER):
-            if any(process.pid not in pools for process in host.sub_pools()):
+            if host.new_model_processes(rest):
                 return uids[0]
         else:
             for _, line in list(lines):
@@ -272,14 +294,13 @@ def _reach(fault: Fault, host: Host, uids: Sequence[str], lines: list[tuple[floa
     raise TimeoutError(f"no launch was in the phase {fault.phase!r} within {ENDED:g} s")
 
 
-def _strike(fault: Fault, host: Host, uid: str, pools: set[int]) -> psutil.Process | None:
+def _strike(fault: Fault, host: Host, uid: str, rest: set[int]) -> psutil.Process | None:
     """Do it; returns what was killed, if it was not a cancel, and had not ended just then."""
     if fault.victim == CANCEL:
         host.cancel(uid)
         return None
     if fault.victim == MODEL:
-        fresh = [process for process in host.sub_pools() if process.pid not in pools]
-        victim = host.model_process(uid) or next(iter(fresh), None)
+        victim = host.model_process(uid) or next(iter(host.new_model_processes(rest)), None)
     else:
         victim = host.zygote() if fault.victim == ZYGOTE else host.worker
     if victim is None:

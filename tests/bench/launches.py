@@ -29,6 +29,7 @@ T = TypeVar("T")
 BOTH = ("--enforce_eager", "true", "--kv_cache_memory_bytes", str(KV_CACHE))
 PATIENCE = 300.0  # seconds
 POLL = 0.2  # seconds
+APPEARS = 5.0  # seconds that a worker has to start a host zygote
 IDLE = 0.5  # seconds without CPU time after which a process sleeps
 STOCK, OURS, SPAWNED = "stock", "ours", "ours, spawned"
 EXTENSION = "xinf_vllm_backend:extension"
@@ -207,8 +208,10 @@ def starts(cluster: Cluster, uid: str) -> list[str]:
     return [replica.get("started") or "" for replica in replicas]
 
 
-def wait_for_host_zygote(cluster: Cluster) -> None:
-    """Wait until the host zygote, if there is one, has imported: it sleeps then."""
+def wait_for_host_zygote(cluster: Cluster, appears: float = 0.0) -> None:
+    """Wait until the host zygote, if there is one within ``appears`` seconds, has imported: it sleeps then."""
+    with contextlib.suppress(TimeoutError):
+        wait_until(lambda: host_zygotes(cluster), appears, "a host zygote")
     for zygote in host_zygotes(cluster):
         with contextlib.suppress(psutil.NoSuchProcess):
             wait_until(lambda: zygote.cpu_percent(IDLE) == 0, PATIENCE, "the host zygote to sleep")  # noqa: B023
@@ -273,6 +276,7 @@ def sides(model: Path, names: Sequence[str] = (STOCK, OURS)) -> Iterator[list[Si
             environment = {**environment, "VLLM_CACHE_ROOT": cache}
             cluster = stack.enter_context(Cluster(extension=extension, env=environment))
             cluster.register(model_registration("tiny", model))
+            wait_for_host_zygote(cluster, APPEARS if name == OURS else 0.0)
             up.append(Side(name, cluster))
         yield up
 
