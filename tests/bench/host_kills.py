@@ -97,12 +97,19 @@ class Host:
 
     def __enter__(self) -> Host:
         self.cluster.__enter__()
+        try:
+            self._look()
+        except BaseException:
+            self.cluster.close()
+            raise
+        return self
+
+    def _look(self) -> None:
         self.cluster.register(model_registration("tiny", self._model))
         wait_for_host_zygote(self.cluster, APPEARS)
         self._client = self.cluster.client()
         (self.worker,) = (each for each in self.cluster.processes() if "xinference-worker" in title(each))
         self._others = {each.pid for each in self.cluster.processes()} - self.pids_of_worker()
-        return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.cluster.close()
