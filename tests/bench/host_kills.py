@@ -28,7 +28,7 @@ from xinf_vllm_backend.demo.cluster import Cluster, title, wait_until
 from xinf_vllm_backend.demo.tiny_model import make_tiny_model, model_registration
 
 from .kills import NOBODY, STARTING, Files, Outcome, files, new_files, table, until_clean
-from .launches import APPEARS, HOST_ZYGOTE, log_lines, starts, wait_for_host_zygote
+from .launches import APPEARS, is_host_zygote, log_lines, starts, wait_for_host_zygote
 
 ENDED = 180.0  # seconds within which every launch has ended, also where it is spawned
 ANOTHER = 60.0  # seconds within which there is another host zygote
@@ -177,14 +177,14 @@ class Host:
 
     def zygote(self) -> psutil.Process | None:
         """The host zygote, if there is one."""
-        titled = [each for each in self._of_worker() if title(each) == HOST_ZYGOTE]
+        titled = [each for each in self._of_worker() if is_host_zygote(each)]
         return min(titled, key=psutil.Process.create_time, default=None)  # what it forks has its title at first
 
     def new_model_processes(self, before: set[int]) -> list[psutil.Process]:
         """Those that were not there ``before``, from their fork on."""
-        parents = {self.worker, self.zygote() or self.worker}
-        new = (each for parent in parents for each in _children(parent) if each.pid not in before)
-        return [each for each in new if "resource_tracker" not in title(each)]
+        zygote = self.zygote()
+        found = _children(self.worker) + (_children(zygote) if zygote else [])  # of the worker in the end
+        return [each for each in found if each.pid not in before and "resource_tracker" not in title(each)]
 
     def pids_of_worker(self) -> set[int]:
         return {each.pid for each in self._of_worker()}

@@ -39,7 +39,7 @@ CLUSTERS: dict[str, tuple[str | None, dict[str, str]]] = {
     OURS: (EXTENSION, {}),
     SPAWNED: (EXTENSION, {"XINF_VLLM_HOST_ZYGOTE": "off"}),
 }
-HOST_ZYGOTE = "xinf-vllm host zygote"
+HOST_ZYGOTE = ("xinf-vllm host zygote", "-m xinf_vllm_backend.process.zygote")  # its title, and until it has that
 # What ends each phase on either side: a line of the log, or (None) the creation of the EngineCore process.
 PHASES: dict[str, str | None] = {
     "command line and worker": r"Enter launch_builtin_model",
@@ -77,6 +77,7 @@ class Side:
         self.cluster = cluster
         self._client = cluster.openai()
         self._arguments = (*STOCK_ON_CPU, *BOTH) if name == STOCK else BOTH
+        self._before: dict[str, list[psutil.Process]] = {}  # by uid, what there was before its launch
 
     def forget_architectures(self) -> None:
         """Remove what vLLM found out about model classes."""
@@ -84,7 +85,7 @@ class Side:
 
     def launch(self, samples: Samples | None, name: str) -> None:
         """Launch the model, wait for an answer, take it down; adds to ``samples`` if there are any."""
-        wait_for_host_zygote(self.cluster)
+        self._begin("tiny")
         with log_lines(self.cluster.log_path) as lines:
             begun = time.time()
             command = self._begin_launch()
@@ -110,7 +111,7 @@ class Side:
 
     def up(self, uid: str = "tiny") -> None:
         """Launch the model under ``uid``, without timing it, and wait for an answer."""
-        wait_for_host_zygote(self.cluster)
+        self._begin(uid)
         done = self.cluster.launch("tiny", "--model-uid", uid, *self._arguments, timeout=PATIENCE)
         if done.returncode != 0:
             raise RuntimeError(f"xinference launch ended with {done.returncode}\n{self.cluster.log_text()[-3000:]}")
@@ -123,25 +124,22 @@ class Side:
 
     def down(self, uid: str = "tiny") -> None:
         """Terminate the model, and wait until its processes have ended."""
-        processes = self.processes(uid)
         self.cluster.cli("terminate", "--model-uid", uid)
-        wait_until(lambda: all(map(ended, processes)), PATIENCE, f"the processes of {uid} to end")
+        wait_until(lambda: not self.processes(uid), PATIENCE, f"the processes of {uid} to end")
 
     def model_process(self, uid: str = "tiny") -> psutil.Process:
         """The process of the only replica of ``uid``."""
-        (process,) = self._model_processes(uid)
+        (process,) = (each for each in self.cluster.model_processes() if title(each).startswith(f"Model: {uid}-"))
         return process
 
     def processes(self, uid: str = "tiny") -> list[psutil.Process]:
-        """The model process of ``uid`` and all that descend from it; none if it is not running."""
-        found = []
-        for process in self._model_processes(uid):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                found += [process, *process.children(recursive=True)]
-        return found
+        """All that came with the launch of ``uid``: its engine need not descend from its model process."""
+        now = self.cluster.processes()
+        return [each for each in now if each not in self._before[uid] and not is_host_zygote(each)]
 
-    def _model_processes(self, uid: str) -> list[psutil.Process]:
-        return [process for process in self.cluster.model_processes() if title(process).startswith(f"Model: {uid}-")]
+    def _begin(self, uid: str) -> None:
+        wait_for_host_zygote(self.cluster)
+        self._before[uid] = self.cluster.processes()
 
     def _check_start(self, uid: str) -> None:
         """A fork that was refused would be measured as if it had been done."""
@@ -197,9 +195,14 @@ class Progress:
                 pass
 
 
+def is_host_zygote(process: psutil.Process) -> bool:
+    """Whether it is one, also before it has its title; so is what it forks, for a moment."""
+    return any(name in title(process) for name in HOST_ZYGOTE)
+
+
 def host_zygotes(cluster: Cluster) -> list[psutil.Process]:
     """The processes that model processes are forked from: one for each worker, none where there is no such thing."""
-    return [process for process in cluster.processes() if title(process) == HOST_ZYGOTE]
+    return [process for process in cluster.processes() if is_host_zygote(process)]
 
 
 def starts(cluster: Cluster, uid: str) -> list[str]:

@@ -39,8 +39,8 @@ NOTES = f"""\
 - Before a model process is killed the model has answered. From the kill on a completion is asked for, again
   {launches.POLL:g} s after each refusal; "never" is a round without an answer within {BOUND:g} s. What stock leaves of
   the engine is killed after it.
-- The memory of a further model is that of its model process and all that descend from it, after an answer, while the
-  same model runs under another uid on the same worker; {KV_CACHE >> 20} MiB of it is KV cache. Private is what a
+- The memory of a further model is that of all processes that came with its launch, after an answer, while the same
+  model runs under another uid on the same worker; {KV_CACHE >> 20} MiB of it is KV cache. Private is what a
   process has to itself (USS); the next row adds its share of the pages that several processes have (PSS).
   "{SPAWNED}" is this package with `XINF_VLLM_HOST_ZYGOTE=off`.
 - Throughput through a cluster: one model that is up on each side, all requests at once; a round is {BATCHES} such
