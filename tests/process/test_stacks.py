@@ -206,7 +206,8 @@ class TestAProcessThatDidNotRegister:
 
     def test_may_report_its_pid_alone(self) -> None:
         context = EngineContext({})
-        context.heard(f"pid: {os.getpid()}")
+        context.heard(f"pid: {os.getpid()} spawned")
+        assert context.origins == {os.getpid(): "spawned"}
         assert os.getpid() in [process.pid for process in context.tree.alive()]
         assert context.stacks(LATE) == []
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .zygote.client import ZygoteClient
 
 PID_REPORT = "pid: "  # begins the first report of each process
+FORKED, SPAWNED = "forked", "spawned"  # how a process came to be
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def run(setup: ChildSetup, call: bytes) -> None:
     if parent is not None:
         bind_to(parent.sentinel)
     _handles = setup.handles
-    _set_environment(setup.environment)
+    set_environment(setup.environment)
     _report_start()
     if was_forked:
         threads.apply_thread_limits()
@@ -98,12 +99,12 @@ def run(setup: ChildSetup, call: bytes) -> None:
 
 
 def _report_start() -> None:
-    """Report the pid, and by what file and under what name this process answers questions for its stacks."""
+    """Report the pid, how it came to be, and by what file and under what name it answers questions for its stacks."""
     if _handles.reports is None:
         return
     fd = stacks.register()
     answers = "" if fd is None else f" {fd} {multiprocessing.current_process().name}"
-    report(f"{PID_REPORT}{os.getpid()}{answers}")
+    report(f"{PID_REPORT}{os.getpid()} {FORKED if was_forked else SPAWNED}{answers}")
 
 
 def exit_fast(exit_code: int) -> NoReturn:
@@ -145,7 +146,8 @@ def _exit_with(sentinel: int) -> None:
     os._exit(1)
 
 
-def _set_environment(environment: Mapping[str, str]) -> None:
+def set_environment(environment: Mapping[str, str]) -> None:
+    """Make ``environment`` that of this process."""
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]
     for name, value in environment.items():

@@ -55,6 +55,7 @@ class EngineContext(SpawnContext):
     Attributes:
         children: those that were started.
         tree: these, and all descendants that run :mod:`.bootstrap`, which report themselves.
+        origins: how each of these came to be, by pid: "forked" or "spawned".
         lost: a sentence for each descendant that ended with an error, as its parent reported it.
     """
 
@@ -82,6 +83,7 @@ class EngineContext(SpawnContext):
         self.children: list[EngineProcess] = []
         self.outputs: list[ChildOutput] = []
         self.tree = ProcessTree()
+        self.origins: dict[int, str] = {}
         self.lost: list[str] = []
         self._stacks = StackReader()
         self._sealed = threading.Event()
@@ -148,15 +150,16 @@ class EngineContext(SpawnContext):
     def heard(self, message: str) -> None:
         """Handle a report of a descendant."""
         if message.startswith(bootstrap.PID_REPORT):
-            self._started(*message.removeprefix(bootstrap.PID_REPORT).split(" ", 2))
+            self._started(*message.removeprefix(bootstrap.PID_REPORT).split(" ", 3))
         elif message.startswith(EXIT_REPORT):
             self.lost.append(message.removeprefix(EXIT_REPORT))
             self.on_loss()
         else:
             self.on_report(message)
 
-    def _started(self, pid: str, fd: str = "", name: str = "") -> None:
+    def _started(self, pid: str, how: str, fd: str = "", name: str = "") -> None:
         self.tree.record([int(pid)])
+        self.origins[int(pid)] = how
         if fd:
             self._stacks.add(int(pid), int(fd), name)
 

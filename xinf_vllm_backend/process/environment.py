@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import deque
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ClassVar
 
 _changes: ContextVar[dict[str, str | None] | None] = ContextVar("changes to the environment", default=None)
 
@@ -41,6 +42,40 @@ def public(**variables: str) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[set[str]]:
+    """Note the names of the variables that are read from ``os.environ``, on any thread, until the end of the block.
+
+    To copy the whole environment is not to read a variable. What C code reads is not seen.
+    """
+    before = os.environ.__class__
+    _Noting.names = set()
+    os.environ.__class__ = _Noting
+    try:
+        yield _Noting.names
+    finally:
+        os.environ.__class__ = before
+
+
+class _Noting(type(os.environ)):  # type: ignore[misc]
+    names: set[str]
+    copied: ClassVar[deque[str]] = deque()  # those whose values the one who iterates asks for next
+
+    def __getitem__(self, name: str) -> Any:
+        if self.copied and self.copied[0] == name:
+            self.copied.popleft()
+        else:
+            self.copied.clear()
+            self.names.add(name)
+        return super().__getitem__(name)
+
+    def __iter__(self) -> Iterator[str]:
+        self.copied.clear()
+        for name in super().__iter__():
+            self.copied.append(name)
+            yield name
 
 
 class _Environment(type(os.environ)):  # type: ignore[misc]

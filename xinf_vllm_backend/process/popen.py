@@ -13,7 +13,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing import popen_fork, popen_spawn_posix, reduction, resource_tracker, spawn, util
 from multiprocessing.connection import wait
 from multiprocessing.context import get_spawning_popen, set_spawning_popen
@@ -92,10 +92,11 @@ class _EnginePopen(popen_fork.Popen):
 
 
 class Alive:
-    """Unpickles in a spawned process to the descriptor whose closing tells its end; its forks have to close that."""
+    """Unpickles in the child to the descriptor whose closing tells its end; forks of that have to close it."""
 
-    def __reduce__(self) -> tuple[type[int], tuple[int]]:
-        return int, (get_spawning_popen().alive,)  # type: ignore[union-attr]
+    def __reduce__(self) -> tuple[Callable[..., int], tuple[int, ...]]:
+        popen = get_spawning_popen()
+        return (_inherited_alive, ()) if isinstance(popen, ZygotePopen) else (int, (popen.alive,))  # type: ignore[union-attr]
 
 
 class SpawnPopen(_EnginePopen):
@@ -135,6 +136,11 @@ class _Inherited:
 
 
 inherited: list[int] = []  # the file descriptors that a child of the zygote was sent
+inherited_alive = -1  # and the one whose closing tells its end
+
+
+def _inherited_alive() -> int:
+    return inherited_alive
 
 
 class ZygotePopen(_EnginePopen):

@@ -1,4 +1,4 @@
-"""Starts the zygote of this process, watches it, replaces it when it dies, and ends it."""
+"""Starts a zygote, watches it, replaces it when it dies, and ends it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,27 @@ from collections.abc import Callable, Mapping
 from multiprocessing import Pipe, util
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
+from typing import Protocol
 
 from .. import popen
+from . import client
 from .client import ZygoteClient, ZygoteUnavailableError, frozen
 from .server import serve
 
 logger = logging.getLogger(__name__)
+
+
+class ZygoteProcess(Protocol):
+    """The process of a zygote."""
+
+    @property
+    def pid(self) -> int | None: ...
+    @property
+    def exitcode(self) -> int | None: ...
+    def start(self) -> None: ...
+    def send_call(self, cancelled: threading.Event) -> None: ...
+    def join(self, timeout: float | None = None) -> None: ...
+    def kill(self) -> None: ...
 
 
 STOP_TIMEOUT = 5.0  # seconds
@@ -24,24 +39,19 @@ SOON = 10.0  # seconds; a zygote that ends before is a failure
 MOST_DEATHS = 3  # failures in a row, after which there is no further zygote
 
 
-class Zygote:
-    """The zygote of this process: made, watched, replaced when it dies, and ended.
+class BaseZygote:
+    """A zygote: made, watched, replaced when it dies, and ended.
 
     Args:
         environment: its environment; some variables its children cannot change (see :func:`frozen`).
-        preload: importable function that imports what the children need.
-        hazard: importable function that says, before a fork and in the child after it, why that is not clean, or None.
+        patient: whether it may be asked while it still imports for the first time.
     """
 
-    def __init__(
-        self, environment: Mapping[str, str], preload: Callable[[], None], hazard: Callable[[], str | None]
-    ) -> None:
-        # OpenBLAS, of NumPy and of SciPy, starts its threads when it is loaded.
-        self._environment = {**environment, "OPENBLAS_NUM_THREADS": "1"}
-        self._preload = preload
-        self._hazard = hazard
+    def __init__(self, environment: Mapping[str, str], patient: bool = True) -> None:
+        self._environment = dict(environment)
+        self._patient = patient
         self._lock = threading.Lock()
-        self._process: _ZygoteProcess | None = None
+        self._process: ZygoteProcess | None = None
         self._client: ZygoteClient | None = None
         self._why_not: str | None = "it was not started"  # None: ask the client
         self._stopped = threading.Event()
@@ -54,7 +64,7 @@ class Zygote:
         Raises:
             OSError: there can be none.
         """
-        ready = self._make(None)
+        ready = self._make(None if self._patient else "it still imports")
         # Else its end at our exit would be logged as a failure.
         self._at_exit = util.Finalize(None, self.stop, exitpriority=0)
         self._watcher = threading.Thread(target=self._watch, args=(ready,), name="zygote-watch", daemon=True)
@@ -80,8 +90,8 @@ class Zygote:
         """End it, within 5 s; its children live on."""
         if self._at_exit is not None:
             self._at_exit.cancel()
+        self._stopped.set()
         with self._lock:
-            self._stopped.set()
             process = self._process
             self._withdraw("it was stopped")
         if process is not None:
@@ -93,7 +103,7 @@ class Zygote:
     def _make(self, why_not: str | None) -> Connection | None:
         ready, greeting = Pipe(duplex=False)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        process = _ZygoteProcess(self._environment, theirs, greeting, self._preload, self._hazard)
+        process = self._new_process(theirs, greeting)
         with self._lock, theirs, greeting:
             if self._stopped.is_set():
                 ours.close()
@@ -104,6 +114,15 @@ class Zygote:
             process.start()
             self._process = process
         return ready
+
+    def _new_process(self, requests: socket.socket, ready: Connection) -> ZygoteProcess:
+        """The process, not started yet.
+
+        Args:
+            requests: where it takes requests from.
+            ready: where it says when it has imported all.
+        """
+        raise NotImplementedError
 
     def _watch(self, ready: Connection | None) -> None:
         early = 0
@@ -145,14 +164,42 @@ class Zygote:
             client.requests.close()
 
 
-class _ZygoteProcess(SpawnProcess):
-    def __init__(self, environment: Mapping[str, str], *args: object) -> None:
+class Zygote(BaseZygote):
+    """The zygote of this process, for calls: forked from the host zygote that forked this process, else spawned.
+
+    Args:
+        environment: its environment.
+        preload: importable function that imports what the children need.
+        hazard: importable function that says, before a fork and in the child after it, why that is not clean, or None.
+    """
+
+    def __init__(
+        self, environment: Mapping[str, str], preload: Callable[[], None], hazard: Callable[[], str | None]
+    ) -> None:
+        # OpenBLAS, of NumPy and of SciPy, starts its threads when it is loaded.
+        super().__init__({**environment, "OPENBLAS_NUM_THREADS": "1"})
+        self._preload = preload
+        self._hazard = hazard
+
+    def _new_process(self, requests: socket.socket, ready: Connection) -> ZygoteProcess:
+        return _EngineZygoteProcess(self._environment, self._stopped, requests, ready, self._preload, self._hazard)
+
+
+class _EngineZygoteProcess(SpawnProcess):
+    def __init__(self, environment: Mapping[str, str], cancelled: threading.Event, *args: object) -> None:
         # A daemon: else multiprocessing would wait at exit for a process that waits for our end.
         super().__init__(target=serve, args=(*args, popen.Alive()), name="Zygote", daemon=True)
         self._environment = environment
+        self._cancelled = cancelled
 
-    def _Popen(self, process: SpawnProcess) -> popen.SpawnPopen:  # type: ignore[override]  # noqa: N802
-        return popen.SpawnPopen(process, self.__dict__.pop("_environment"))
+    def _Popen(self, process: SpawnProcess) -> popen.SpawnPopen | popen.ZygotePopen:  # type: ignore[override]  # noqa: N802
+        environment, cancelled = (self.__dict__.pop(name) for name in ("_environment", "_cancelled"))
+        if client.host is not None:
+            try:
+                return popen.ZygotePopen(process, environment, client.host, cancelled)
+            except ZygoteUnavailableError as reason:
+                logger.warning("The zygote is spawned, not forked from the host zygote: %s", reason)
+        return popen.SpawnPopen(process, environment)
 
     def send_call(self, cancelled: threading.Event) -> None:
         self._popen.send_call(cancelled)  # type: ignore[attr-defined]
