@@ -14,6 +14,7 @@ from packaging.specifiers import SpecifierSet
 
 from .engine import preload
 from .engine.seams import SEAMS, Seam, start, version
+from .plugin import sub_pools
 from .plugin.xinference_version import SUPPORTED as XINFERENCE
 from .process import tree
 
@@ -46,7 +47,7 @@ class Finding:
 def examine() -> list[Finding]:
     """Check everything, each thing after those that it needs."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # vLLM logs to stdout, where our findings go
-    return [*_versions(), *_extension(), *_seams(), _start_method(), _waiting(), _virtualenv()]
+    return [*_versions(), *_extension(), *_seams(), _model_processes(), _start_method(), _waiting(), _virtualenv()]
 
 
 def table(findings: list[Finding]) -> str:
@@ -122,6 +123,14 @@ def _remedy(seam: Seam) -> str:
     if not version.is_supported(version.version() or "", version.SUPPORTED):
         return f"; use a vLLM in {version.SUPPORTED}"
     return f"; report it, and use another vLLM in {version.SUPPORTED}" if seam.vital else ""
+
+
+def _model_processes() -> Finding:
+    reason = sub_pools.why_spawned()
+    running = ", ".join(f"pid {process.pid}" for process in sub_pools.running_host_zygotes())
+    found = f"forked from a host zygote ({running or 'none is running'})" if reason is None else f"spawned: {reason}"
+    lost = "" if reason is None or "is off" in reason else f"without it: {sub_pools.SUB_POOL.without}"
+    return Finding("model processes", found, True, lost, degraded=bool(lost))
 
 
 def _start_method() -> Finding:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, MutableMapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import BadLaunchArgumentError
 
 ENVIRONMENT_PREFIX = "XINF_VLLM_"
+
+S = TypeVar("S", bound=BaseModel)
 
 
 class Settings(BaseModel):
@@ -81,18 +83,44 @@ class Settings(BaseModel):
         Raises:
             BadLaunchArgumentError: a value is of the wrong type or out of range.
         """
-        variables = {name: os.environ.get(variable(name)) for name in cls.model_fields}
-        given = {name: value for name, value in variables.items() if value is not None} | dict(options)
-        try:
-            return cls.model_validate(given)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = str(first["loc"][0])
-            source = name if name in options else variable(name)
-            raise BadLaunchArgumentError(
-                f"{source}={first['input']!r} cannot be used: {first['msg'].lower()} "
-                f"({name}: {cls.model_fields[name].description})."
-            ) from None
+        return _checked(cls, options)
+
+
+class HostSettings(BaseModel):
+    """The options of one worker, checked; environment variables alone give them."""
+
+    model_config = ConfigDict(frozen=True)
+
+    host_zygote: Literal["on", "off"] = Field(
+        "on", description="whether model processes are forked from a host zygote of the worker"
+    )
+    host_zygotes: int = Field(
+        2, ge=0, description="maximum number of further host zygotes, one for each Python of a virtual environment"
+    )
+
+    @classmethod
+    def resolve(cls) -> HostSettings:
+        """The settings in the environment of this process.
+
+        Raises:
+            BadLaunchArgumentError: a value is of the wrong type or out of range.
+        """
+        return _checked(cls, {})
+
+
+def _checked(settings: type[S], options: Mapping[str, Any]) -> S:
+    variables = {name: os.environ.get(variable(name)) for name in settings.model_fields}
+    given = {name: value for name, value in variables.items() if value is not None} | dict(options)
+    try:
+        return settings.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        source = name if name in options else variable(name)
+        raise BadLaunchArgumentError(
+            f"{source}={first['input']!r} cannot be used: {first['msg'].lower()} "
+            f"({name}: {settings.model_fields[name].description})."
+        ) from None
 
 
 def variable(option: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from xinf_vllm_backend.demo.cluster import Cluster
+from xinf_vllm_backend.demo.cluster import Cluster, wait_until
 from xinf_vllm_backend.demo.tiny_model import model_registration
 
 pytestmark = pytest.mark.e2e
@@ -27,8 +27,19 @@ def test_supervisor_and_worker_with_a_virtual_environment_for_each_model(tiny_mo
         assert cluster.openai().completions.create(model="tiny", prompt="a", max_tokens=2).choices
         replica = httpx.get(f"{cluster.endpoint}/v1/models/tiny/engine", trust_env=False).json()["replicas"][0]
         assert replica["state"] == "ready" and "/virtualenv/" in replica["python"]
+        assert "has its zygote started" in replica["started"], "the first launch of an environment is as ever"
+        wait_until(lambda: _relaunched_forked(cluster), 300, "a launch that is forked")
         assert not list(cluster.directory.glob("home/virtualenv/**/site-packages/vllm"))
         assert cluster.stop() == []
+
+
+def _relaunched_forked(cluster: Cluster) -> bool:
+    """Whether another launch of "tiny" is forked, as it is when the zygote of its environment has imported all."""
+    cluster.cli("terminate", "--model-uid", "tiny")
+    cluster.wait_until_unloaded()
+    assert cluster.launch("tiny", "--enforce_eager", "true").returncode == 0
+    started = cluster.get("/v1/models/tiny/engine")["replicas"][0]["started"]
+    return bool(started == "forked from the host zygote")
 
 
 REGISTRATION = """

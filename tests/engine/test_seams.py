@@ -20,13 +20,14 @@ from xinf_vllm_backend.engine.seams import (
     start,
     version,
 )
+from xinf_vllm_backend.plugin import sub_pools
 from xinf_vllm_backend.process.context import EngineContext
 
 pytestmark = pytest.mark.engine
 
 
-@pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.name)
-def test_the_installed_vllm_has_the_seam(seam: Seam) -> None:
+@pytest.mark.parametrize("seam", (*SEAMS, *sub_pools.SEAMS), ids=lambda seam: seam.name)
+def test_what_is_installed_has_the_seam(seam: Seam) -> None:
     assert seam.present()
 
 

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..process.zygote.client import ZygoteClient
@@ -92,10 +92,15 @@ def give_up_zygote(why: str) -> None:
 
 def preload(model: str) -> None:
     """Run in the zygote: import what EngineCore and its Workers need for this platform and architecture."""
-    for module in _modules(model):
+    import_all(_modules(model))
+
+
+def import_all(modules: Iterable[str]) -> None:
+    """Import ``modules``, as far as they can be."""
+    for module in modules:
         try:
             importlib.import_module(module)
-        except Exception as error:  # whatever it is, the engine process that needs it meets it, too
+        except Exception as error:  # whatever it is, the process that needs it meets it, too
             logger.warning("The zygote goes without %s: %r", module, error)
 
 

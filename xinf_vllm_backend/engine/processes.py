@@ -203,8 +203,10 @@ class EngineProcesses:
         return self._context.tree.look(platform.WORKER)
 
     def processes(self) -> list[dict[str, Any]]:
-        """The engine's living processes: pid and title of each."""
-        return self._context.tree.describe()
+        """The engine's living processes: pid and title of each, and whether it said that it was forked or spawned."""
+        origins = self._context.origins
+        found = self._context.tree.describe()
+        return [{**one, "started": origins.get(int(one["pid"]), "unknown")} for one in found]
 
     def death(self) -> str:
         """How the engine died, in a sentence with the root cause where one is known; blocks for up to a second."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..__version__ import __version__
-from . import xinference_version
+from . import sub_pools, xinference_version
 from .cluster_link import METRICS
 
 
@@ -25,6 +25,8 @@ class VLLMBackendExtension:
         rest_errors.install(context.app)
 
     def worker_metadata(self) -> dict[str, str]:
+        """Called in workers alone, when they register with a supervisor."""
+        sub_pools.start_host_zygote()
         return {"version": __version__}
 
     def filter_worker_resources(self, worker: dict[str, Any], workers: list[dict[str, Any]]) -> list[int]:
@@ -44,6 +46,7 @@ def install() -> None:
 
     xinference_version.warn_if_unsupported()
     _define_metrics()
+    sub_pools.install()
     if tuple(llm_family.VLLM_CLASSES[: len(CLASSES)]) == CLASSES:
         return
     llm_family.VLLM_CLASSES[:] = CLASSES

@@ -23,7 +23,7 @@ from ..engine.spec import EngineSpec
 from ..engine.supervisor import EngineSupervisor
 from ..errors import BackendError, BadLaunchArgumentError, EngineStartError, EngineStoppedError
 from ..settings import Settings, variable
-from . import cluster_link, cpu, death_log, engine_log, launch_arguments, pickling, request_arguments
+from . import cluster_link, cpu, death_log, engine_log, launch_arguments, model_process, pickling, request_arguments
 from .cluster_link import ClusterLink
 
 logger = logging.getLogger("xinference.vllm_backend")
@@ -264,6 +264,7 @@ class HostedModel(VLLMModel):
             "replica": self.raw_model_uid,
             **(self._of_ours(engine) if ours else {"state": self._state_of_upstreams(), "processes": []}),
             "pid": os.getpid(),
+            "started": model_process.how_started(),
             "python": sys.executable,
             "zygote": preload.zygote_pid(),
             "settings": self._settings.model_dump(),

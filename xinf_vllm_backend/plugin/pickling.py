@@ -14,7 +14,7 @@ import sys
 from typing import Any
 
 from ..engine import preload
-from . import engine_log
+from . import engine_log, model_process
 
 # What xoscar runs in the process of a model.
 SUB_POOL = "start_sub_pool"
@@ -49,5 +49,6 @@ def _rebuild_model(method: str | None, variable: str, path: str, module: str, na
         if collects:
             gc.enable()
     if in_model_process:
+        model_process.configure_loggers()
         gc.freeze()  # what was imported stays: no collection has to look at it again
     return model

@@ -46,6 +46,21 @@ CONTEXT = Seam(
 )
 
 
+LOGGING = Seam(
+    "vllm.logger",
+    "_configure_vllm_root_logger",
+    "vLLM's own logging in a model process that was forked after vLLM was imported",
+    "what it logs looks there like what Xinference logs",
+)
+
+
+def configure_logging() -> None:
+    """Configure vLLM's logger as importing vLLM does."""
+    owner = LOGGING.owner()
+    if owner is not None:
+        owner._configure_vllm_root_logger()
+
+
 class _Multiprocessing:
     """Takes the place of the module ``multiprocessing`` in vLLM; gives our context where there is one."""
 
