@@ -20,6 +20,7 @@ import psutil
 import pytest
 from process_helpers import TIMEOUT, becomes, is_gone, on_thread
 
+from xinf_vllm_backend.process import prctl
 from xinf_vllm_backend.process.zygote import host as host_module
 from xinf_vllm_backend.process.zygote.client import ZygoteUnavailableError
 from xinf_vllm_backend.process.zygote.host import CommandPopen, HostZygote
@@ -30,6 +31,12 @@ PATH = os.pathsep.join([str(HERE), *filter(None, sys.path)])
 MODULE = "changing_module"
 
 Make = Callable[..., HostZygote]
+
+
+@pytest.fixture(autouse=True)
+def _adopts_no_orphans(no_process_is_left: None) -> None:
+    """As a worker, which does so only while it has a child forked."""
+    prctl._prctl(prctl._CHILD_SUBREAPER, 0)
 
 
 @pytest.fixture
@@ -292,3 +299,19 @@ def _forks(zygote: HostZygote) -> bool:
 def _refused(zygote: HostZygote, cancelled: threading.Event) -> None:
     with contextlib.suppress(ZygoteUnavailableError):
         CommandPopen(zygote, command("exit", 0), os.environ, [], cancelled)
+
+
+def test_a_process_that_adopts_orphans_anyway_goes_on_doing_so() -> None:
+    assert not prctl._is_adopting()
+    with prctl.adopting_orphans():
+        with prctl.adopting_orphans():
+            pass
+        assert prctl._is_adopting()
+    assert not prctl._is_adopting()
+    prctl._prctl(prctl._CHILD_SUBREAPER, 1)
+    try:
+        with prctl.adopting_orphans():
+            pass
+        assert prctl._is_adopting()
+    finally:
+        prctl._prctl(prctl._CHILD_SUBREAPER, 0)

@@ -148,6 +148,7 @@ class TestWhichZygote:
             made.append(FakeZygote(python, environment))
             return made[-1]
 
+        monkeypatch.setattr(sub_pools.platform, "is_installed", lambda: True)
         monkeypatch.setattr(sub_pools, "HostZygote", make)
         monkeypatch.setattr(sub_pools, "CommandPopen", lambda zygote, *_: zygote)
         return made
@@ -196,6 +197,15 @@ class TestWhichZygote:
         zygotes = HostZygotes(HostSettings(host_zygote="off"))
         zygotes.start()
         assert self.refused(zygotes, sys.executable) == self.refused(zygotes, "/a") == "XINF_VLLM_HOST_ZYGOTE is off"
+        assert started == []
+
+    def test_there_is_none_of_a_python_without_vllm(
+        self, started: list[FakeZygote], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sub_pools.platform, "is_installed", lambda: False)
+        zygotes = HostZygotes(HostSettings())
+        zygotes.start()
+        assert "vLLM is not installed" in self.refused(zygotes, sys.executable)
         assert started == []
 
     def test_a_command_that_another_program_runs_is_not_forked(self, started: list[FakeZygote]) -> None:

