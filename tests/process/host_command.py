@@ -65,6 +65,22 @@ def _killed_before_release() -> None:
     server._Child.ended = ended  # type: ignore[method-assign]
 
 
+def _child_killed_at_hand_over() -> None:
+    from xinf_vllm_backend.process import prctl
+
+    def die_with(parent: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    prctl.die_with = die_with
+
+
+def _not_adopted() -> None:
+    from xinf_vllm_backend.process import prctl
+
+    die_with = prctl.die_with
+    prctl.die_with = lambda parent: die_with(1 if parent != 1 else 2)
+
+
 def _stopped_between_forks() -> None:
     fork = os.fork
 

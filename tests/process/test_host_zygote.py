@@ -127,6 +127,16 @@ class TestLikeSpawned:
         assert ours == theirs
         assert (ours["umask"], ours["directory"]) == ("0o27", str(tmp_path))
 
+    def test_its_directory_was_removed(
+        self, zygote: HostZygote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        gone = tmp_path / "gone"
+        gone.mkdir()
+        monkeypatch.chdir(gone)
+        gone.rmdir()
+        for start in (forked, lambda _, *arguments: spawned(*arguments)):
+            assert start(zygote, "exit", 5).wait(TIMEOUT) == 5
+
     def test_two_of_one_zygote_draw_different_chances(self, zygote: HostZygote, tmp_path: Path) -> None:
         first, second = (told(forked(zygote, "tell", tmp_path / name), tmp_path / name)[1] for name in "ab")
         assert [a for a, b in zip(first, second, strict=True) if a == b] == []
@@ -220,6 +230,18 @@ class TestDeaths:
     ) -> None:
         monkeypatch.setenv(host_command.FAULT, "killed_before_release")
         assert why_not(make_zygote()) == "its child ended before it was ready"
+
+    def test_the_child_dies_while_it_is_handed_over(self, make_zygote: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(host_command.FAULT, "child_killed_at_hand_over")
+        zygote = make_zygote()
+        for _ in range(2):
+            assert why_not(zygote) == "its child ended before it was ready"
+
+    def test_a_child_that_did_not_become_ours_is_not_used(
+        self, make_zygote: Make, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv(host_command.FAULT, "not_adopted")
+        assert why_not(make_zygote()) == f"its parent is the process {os.getpid()} and not 1"
 
     def test_a_zygote_that_does_not_answer_is_not_waited_for(
         self, zygote: HostZygote, monkeypatch: pytest.MonkeyPatch

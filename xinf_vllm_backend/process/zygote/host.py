@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from .. import prctl
+from ..popen import occupy_standard_streams
 from . import client
 from .client import READY, ZygoteUnavailableError
 from .manager import BaseZygote
@@ -81,6 +82,7 @@ class HostZygote(BaseZygote):
         }
         cancelled = cancelled or threading.Event()
         asked = self.client()
+        occupy_standard_streams()
         with contextlib.ExitStack() as stack:
             directory = os.open(".", os.O_PATH)
             stack.callback(os.close, directory)

@@ -76,7 +76,9 @@ class CommandRequest:
         threads.apply_thread_limits()
         sys.orig_argv[:] = command
         sys.argv[:] = command[2:]
-        sys.path[0] = os.getcwd()
+        sys.path[0] = ""
+        with contextlib.suppress(FileNotFoundError):  # it was removed
+            sys.path[0] = os.getcwd()
         runpy.run_module(command[2], run_name="__main__", alter_sys=True)
         return 0
 
