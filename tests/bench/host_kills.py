@@ -108,8 +108,10 @@ class Host:
         self.cluster.register(model_registration("tiny", self._model))
         wait_for_host_zygote(self.cluster, APPEARS)
         self._client = self.cluster.client()
-        (self.worker,) = (each for each in self.cluster.processes() if "xinference-worker" in title(each))
-        self._others = {each.pid for each in self.cluster.processes()} - self.pids_of_worker()
+        processes = self.cluster.processes()
+        (self._service,) = (each for each in processes if "xinference-worker" in title(each))
+        (self.worker,) = self._service.children()  # which has the actors
+        self._others = {each.pid for each in processes} - {self._service.pid} - self.pids_of_worker()
 
     def __exit__(self, *exc_info: object) -> None:
         self.cluster.close()
@@ -215,7 +217,7 @@ class Host:
 
     def _of_living_worker(self) -> set[int]:
         zygote = self.zygote()
-        owners = {self.worker.pid, *([zygote.pid] if zygote else [])}
+        owners = {self._service.pid, self.worker.pid, *([zygote.pid] if zygote else [])}
         trackers = (each for each in self._of_worker() if "resource_tracker" in title(each))
         return owners | {each.pid for each in trackers if _parent(each) in owners}
 
