@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import re
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import httpx
@@ -85,10 +86,20 @@ def measure_further_models(samples: Samples, model: Path, rounds: int) -> None:
             for number in range(rounds):
                 say(f"{name}: memory of a further model, round {number + 1}")
                 side.up("second")
-                memory = [process.memory_full_info() for process in side.processes("second")]
-                samples.add(MODEL, name, sum(each.uss for each in memory))
-                samples.add(PROPORTIONAL, name, sum(each.pss for each in memory))
+                private, proportional = _memory(side.processes("second"))
+                samples.add(MODEL, name, private)
+                samples.add(PROPORTIONAL, name, proportional)
                 side.down("second")
+
+
+def _memory(processes: Iterable[psutil.Process]) -> tuple[int, int]:
+    """Private and proportional bytes of all together."""
+    private = proportional = 0
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):  # a helper may end meanwhile
+            taken = process.memory_full_info()
+            private, proportional = private + taken.uss, proportional + taken.pss
+    return private, proportional
 
 
 def measure_model_throughput(samples: Samples, model: Path, rounds: int) -> None:
