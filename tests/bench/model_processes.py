@@ -26,7 +26,7 @@ from .report import Panel, Samples, Table
 BOUND = 120.0  # seconds after which "never" is said of an answer
 GONE = 10.0  # seconds that a killed process has to end
 MODEL, PROPORTIONAL = "private memory, each further model", "the same with its share of what is shared"
-HOST_ZYGOTE = "private memory, host zygote"
+HOST_ZYGOTE, HOST_ZYGOTE_ALONE = "private memory, host zygote", "private memory, host zygote without a model"
 KILLED = "model process SIGKILLed to next answer"
 LOADS = {
     f"{REQUESTS} requests x {TOKENS} tokens, greedy": False,
@@ -80,9 +80,9 @@ def _killed_to_answer(side: Side) -> float:
 def measure_further_models(samples: Samples, model: Path, rounds: int) -> None:
     for name in (STOCK, SPAWNED, OURS):
         with launches.sides(model, [name]) as (side,):
+            _add_host_zygote(samples, HOST_ZYGOTE_ALONE, side)
             side.up()
-            for zygote in launches.host_zygotes(side.cluster):
-                samples.add(HOST_ZYGOTE, name, zygote.memory_full_info().uss)
+            _add_host_zygote(samples, HOST_ZYGOTE, side)
             for number in range(rounds):
                 say(f"{name}: memory of a further model, round {number + 1}")
                 side.up("second")
@@ -90,6 +90,11 @@ def measure_further_models(samples: Samples, model: Path, rounds: int) -> None:
                 samples.add(MODEL, name, private)
                 samples.add(PROPORTIONAL, name, proportional)
                 side.down("second")
+
+
+def _add_host_zygote(samples: Samples, what: str, side: Side) -> None:
+    for zygote in launches.host_zygotes(side.cluster):
+        samples.add(what, side.name, zygote.memory_full_info().uss)
 
 
 def _memory(processes: Iterable[psutil.Process]) -> tuple[int, int]:
@@ -160,10 +165,10 @@ def panels() -> list[Panel]:
 
 
 def _host_zygote(samples: Samples) -> str:
-    private = [value / (1 << 20) for value in samples.of(HOST_ZYGOTE, OURS)]
-    if not private:
+    if not samples.of(HOST_ZYGOTE, OURS):
         return ""
+    alone, private = (samples.median(what, OURS) / (1 << 20) for what in (HOST_ZYGOTE_ALONE, HOST_ZYGOTE))
     return (
-        f"The host zygote, one for each worker, has {report.figure(private, 'MiB')} private memory while one model "
-        "runs; the aim is 100 MiB at most.\n"
+        f"The host zygote, one for each worker, has {private:.0f} MiB private memory while one model runs, "
+        f"with which it shares the rest (the aim is 100 MiB at most), and {alone:.0f} MiB before.\n"
     )
