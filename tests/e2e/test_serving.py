@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 
 from xinf_vllm_backend.demo.cluster import Cluster, title, wait_until
@@ -56,7 +57,8 @@ def test_our_classes_run_it_and_nothing_shown_of_engines_changes(serving: Cluste
 def test_the_engine_children_are_forked_from_the_zygote_and_not_from_the_model_process(serving: Cluster) -> None:
     (model,) = serving.model_processes()
     assert "VLLM_WORKER_MULTIPROC_METHOD" not in model.environ()
-    (zygote,) = [process for process in model.children() if title(process) == "xinf-vllm zygote"]
+    zygote = psutil.Process(serving.get("/v1/models/tiny/engine")["replicas"][0]["zygote"])
+    assert title(zygote) == "xinf-vllm zygote"
     assert zygote.num_threads() == 1
     assert [process.ppid() for process in serving.engine_processes()] == [zygote.pid] * 2
 

@@ -108,7 +108,7 @@ class _Question:
                 self._blocking = _blocking(self._process.pid)
                 self._process.send_signal(SIGNAL)
         except (OSError, psutil.Error) as error:
-            self._text = f"It cannot be asked: {error}."
+            self._text = _why_silent(self._process) or f"It cannot be asked: {error}."
 
     def is_settled(self) -> bool:
         """Whether the answer is complete, or none will come."""
@@ -158,7 +158,7 @@ def _why_silent(process: psutil.Process) -> str:
         status = process.status() if process.is_running() else psutil.STATUS_ZOMBIE
         if status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP):
             return "It is stopped, as by SIGSTOP, and cannot answer."
-        if status != psutil.STATUS_ZOMBIE:
+        if status not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
             return ""
     return "It has ended."
 
