@@ -203,18 +203,26 @@ def test_four_launches_at_once_are_all_forked_and_leave_nothing(cluster: Cluster
     worker, zygote = process.parent(), host_zygote(process)
     assert worker is not None
 
-    def state() -> tuple[int, int, list[str]]:
-        zombies = [child.name() for child in worker.children() if child.status() == psutil.STATUS_ZOMBIE]
-        return zygote.num_fds(), zygote.num_threads(), zombies
+    def zombies() -> list[str]:
+        return [child.name() for child in worker.children() if child.status() == psutil.STATUS_ZOMBIE]
 
-    at_first = state()
+    # Of models that were terminated just before, something may still be on its way.
+    wait_until(lambda: not zombies() and len(zygote.children()) == 1, TIMEOUT, "one zygote of engines and no zombie")
+    files, threads = zygote.num_fds(), zygote.num_threads()
     wanted = (("a", "--replica", "2"), ("b",), ("c",))
     with ThreadPoolExecutor(len(wanted)) as pool:
         launches = [pool.submit(launched, *arguments) for arguments in wanted]
         assert [launch.result().returncode for launch in launches] == [0] * len(wanted)
-    started = [r["started"] for uid in "abc" for r in cluster.get(f"/v1/models/{uid}/engine")["replicas"]]
-    assert started == ["forked from the host zygote"] * 4
+
+    def started() -> list[str | None]:
+        return [r.get("started") for uid in "abc" for r in cluster.get(f"/v1/models/{uid}/engine")["replicas"]]
+
+    # The launch of two replicas ends when the first of them is ready.
+    wait_until(lambda: None not in started(), TIMEOUT, "all replicas")
+    assert started() == ["forked from the host zygote"] * 4
     assert {answer(cluster, uid) for uid in "abc"} == {answer(cluster, "before")}
     for uid in "abc":
         cluster.cli("terminate", "--model-uid", uid)
-    wait_until(lambda: state() == at_first, TIMEOUT, "the state before")
+    wait_until(lambda: not zombies() and len(zygote.children()) == 1, TIMEOUT, "what was there before")
+    assert zygote.num_fds() <= files
+    assert zygote.num_threads() == threads
