@@ -87,6 +87,7 @@ def _stopped_between_forks() -> None:
     def first_fork() -> int:
         pid = fork()
         if pid == 0:
+            os.fork = fork  # the one that it forks is not to stop, too
             os.kill(os.getpid(), signal.SIGSTOP)
         return pid
 
