@@ -47,7 +47,16 @@ class Finding:
 def examine() -> list[Finding]:
     """Check everything, each thing after those that it needs."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # vLLM logs to stdout, where our findings go
-    return [*_versions(), *_extension(), *_seams(), _model_processes(), _start_method(), _waiting(), _virtualenv()]
+    return [
+        *_versions(),
+        *_extension(),
+        *_seams(),
+        _model_processes(),
+        _late_cancels(),
+        _start_method(),
+        _waiting(),
+        _virtualenv(),
+    ]
 
 
 def table(findings: list[Finding]) -> str:
@@ -131,6 +140,13 @@ def _model_processes() -> Finding:
     found = f"forked from a host zygote ({running or 'none is running'})" if reason is None else f"spawned: {reason}"
     lost = "" if reason is None or "is off" in reason else f"without it: {sub_pools.SUB_POOL.without}"
     return Finding("model processes", found, True, lost, degraded=bool(lost))
+
+
+def _late_cancels() -> Finding:
+    gone = ", ".join(seam.name for seam in sub_pools.CANCELLING if not seam.present())
+    found = f"there is no {gone}" if gone else "end the model"
+    lost = f"without it: {sub_pools.CANCEL.without}" if gone else ""
+    return Finding("cancels that come when the launch is over", found, True, lost, degraded=bool(gone))
 
 
 def _start_method() -> Finding:

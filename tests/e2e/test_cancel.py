@@ -55,3 +55,10 @@ def test_a_stopped_cluster_leaves_nothing_of_a_launch_under_way(tmp_path: Path) 
         assert marked() - before
         assert cluster.stop() == []
         wait_until(lambda: not marked() - before, GONE, "files to be removed")
+
+
+def test_a_cancel_that_comes_when_the_model_serves_leaves_nothing_either(cluster: Cluster) -> None:
+    assert cluster.launch("tiny", "--model-uid", "too-late").returncode == 0
+    cluster.client().cancel_launch_model("too-late")
+    cluster.wait_until_unloaded()
+    assert "too-late" not in cluster.client().list_models()

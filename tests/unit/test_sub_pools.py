@@ -138,6 +138,49 @@ class TestWhichAreForked:
         assert await asyncio.to_thread(zygotes.processes[0].wait, 10) == -signal.SIGKILL
 
 
+class Worker:
+    """Xinference's, of which the model "ours-0" and "other-0" have been launched and nothing else is being launched."""
+
+    def __init__(self) -> None:
+        self.terminated: list[str] = []
+        self._model_uid_to_launch_args = {
+            "ours-0": {"model_uid": "ours-0", "model_type": "LLM", "model_engine": "vLLM", "n_worker": 1},
+            "other-0": {"model_uid": "other-0", "model_type": "LLM", "model_engine": "SGLang", "n_worker": 1},
+        }
+
+    async def cancel_launch_model(self, model_uid: str) -> str:
+        if model_uid != "launching-0":
+            raise RuntimeError("Model is not launching, may have launched or not launched yet")
+        return "cancelled"
+
+    async def terminate_model(self, model_uid: str) -> None:
+        self.terminated.append(model_uid)
+
+
+class TestCancel:
+    cancel = staticmethod(sub_pools._stopping(Worker.cancel_launch_model))
+
+    async def test_a_launch_under_way_is_cancelled_as_ever(self) -> None:
+        worker = Worker()
+        assert await self.cancel(worker, "launching-0") == "cancelled"
+        assert worker.terminated == []
+
+    async def test_a_model_of_ours_that_was_launched_the_moment_before_is_stopped(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        worker = Worker()
+        await self.cancel(worker, "ours-0")
+        assert worker.terminated == ["ours-0"]
+        assert "ours-0 is stopped" in caplog.text
+
+    @pytest.mark.parametrize("uid", ["other-0", "unknown-0"])
+    async def test_any_other_is_refused_as_ever(self, uid: str) -> None:
+        worker = Worker()
+        with pytest.raises(RuntimeError, match="not launching"):
+            await self.cancel(worker, uid)
+        assert worker.terminated == []
+
+
 class TestWhichZygote:
     @pytest.fixture
     def started(self, monkeypatch: pytest.MonkeyPatch) -> list[FakeZygote]:

@@ -46,7 +46,16 @@ LAUNCH = Seam(
     "telling model processes of ours from others",
     "each imports Xinference and vLLM itself",
 )
-SEAMS = (SUB_POOL, HANDLE, LAUNCH)
+CANCEL = Seam(
+    "xinference.core.worker",
+    "WorkerActor.cancel_launch_model",
+    "stopping a model whose launch was over when it was cancelled",
+    "it runs on, and can be neither reached nor terminated",
+)
+LAUNCHED = Seam("xinference.core.worker", "WorkerActor._model_uid_to_launch_args", CANCEL.used_for, CANCEL.without)
+FORKING = (SUB_POOL, HANDLE, LAUNCH)
+CANCELLING = (CANCEL, LAUNCHED)
+SEAMS = FORKING + CANCELLING
 
 # What Xinference gives a model process whose Python is another.
 _OF_THE_PYTHON = frozenset(
@@ -69,8 +78,12 @@ _lock = threading.Lock()
 
 def install() -> None:
     """Have this process, if it is a worker's, fork the model processes of our models; idempotent."""
-    if LAUNCH.module in sys.modules and LAUNCH.wrap(_marking):
+    if LAUNCH.module not in sys.modules:
+        return
+    if LAUNCH.wrap(_marking):
         SUB_POOL.wrap(_forking)
+    if LAUNCHED.present():
+        CANCEL.wrap(_stopping)
 
 
 def start_host_zygote() -> None:
@@ -96,7 +109,7 @@ def _settings() -> HostSettings:
 
 def why_spawned() -> str | None:
     """Why a worker of this host would fork no model process, whatever the launch; None if it would."""
-    gone = [seam.name for seam in SEAMS if not seam.present()]
+    gone = [seam.name for seam in FORKING if not seam.present()]
     if gone:
         return f"there is no {', '.join(gone)}"
     return None if _settings().host_zygote == "on" else f"{variable('host_zygote')} is off"
@@ -195,6 +208,22 @@ def _of_ours(
         and (n_worker or 1) == 1
         and not (kwargs or {}).get("xavier_config")
     )
+
+
+def _stopping(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """Xinference forgets a model whose launch is cancelled, also one that was launched the moment before."""
+
+    @functools.wraps(original)
+    async def cancelled(worker: Any, model_uid: str) -> Any:
+        try:
+            return await original(worker, model_uid)
+        except RuntimeError:
+            if not _of_ours(**worker._model_uid_to_launch_args.get(model_uid, {})):
+                raise
+        logger.warning("The model %s is stopped: its launch was over when it was cancelled", model_uid)
+        await worker.terminate_model(model_uid)
+
+    return cancelled
 
 
 def _forking(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
