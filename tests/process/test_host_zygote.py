@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import psutil
 import pytest
 from process_helpers import TIMEOUT, becomes, is_gone, on_thread
 
+from xinf_vllm_backend.demo.cluster import processes_with
 from xinf_vllm_backend.process import prctl
 from xinf_vllm_backend.process.zygote import host as host_module
 from xinf_vllm_backend.process.zygote.client import ZygoteUnavailableError
@@ -27,6 +29,7 @@ from xinf_vllm_backend.process.zygote.host import CommandPopen, HostZygote
 
 HERE = Path(__file__).parent
 PATH = os.pathsep.join([str(HERE), *filter(None, sys.path)])
+MARK = "XINF_VLLM_TEST_MARK"  # in the environment of all processes of a test
 # A module of a child's own, whose file may change.
 MODULE = "changing_module"
 
@@ -43,6 +46,9 @@ def _adopts_no_orphans(no_process_is_left: None) -> None:
 def make_zygote(monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     """A host zygote with the environment of now; each is stopped when the test ends."""
     monkeypatch.setenv("PYTHONPATH", PATH)
+    mark = uuid.uuid4().hex
+    monkeypatch.setenv(MARK, mark)
+    monkeypatch.setenv("SPT_NOENV", "1")  # else setproctitle writes the title over the environment
     before = set(psutil.Process().children())
     zygotes: list[HostZygote] = []
 
@@ -56,6 +62,7 @@ def make_zygote(monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
         zygote.stop()
     left = set(psutil.Process().children()) - before
     assert left == set(), "the zygotes, their children and what was between are reaped"
+    assert becomes(lambda: not list(processes_with(MARK, mark))), "orphans, which nobody else here would find"
 
 
 @pytest.fixture
