@@ -212,7 +212,7 @@ def test_four_launches_at_once_are_all_forked_and_leave_nothing(cluster: Cluster
     wanted = (("a", "--replica", "2"), ("b",), ("c",))
     with ThreadPoolExecutor(len(wanted)) as pool:
         launches = [pool.submit(launched, *arguments) for arguments in wanted]
-        assert [launch.result().returncode for launch in launches] == [0] * len(wanted)
+        assert [launch.result().stderr for launch in launches if launch.result().returncode] == []
 
     def started() -> list[str | None]:
         return [r.get("started") for uid in "abc" for r in cluster.get(f"/v1/models/{uid}/engine")["replicas"]]

@@ -237,6 +237,10 @@ class TestTheContextOfEngineChildren:
 
 
 class TestEngineChild:
+    @pytest.fixture(autouse=True)
+    def _no_ports_are_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("VLLM_PORT", "20000")
+
     def test_an_engine_child_starts_its_children_from_a_context_like_its_own(self, system_utils: Any) -> None:
         child.prepare_child()
         seen: list[Any] = []

@@ -67,7 +67,6 @@ class EngineProcesses:
             self._tail,
             self._report,
             find_zygote=lambda: preload.zygote_client(spec.settings.engine_start_method),
-            own=platform.port_environment,
             on_loss=on_loss,
         )
 

@@ -40,7 +40,6 @@ class EngineContext(SpawnContext):
 
     Args:
         environment: variables of every child, over those of this process at the moment it is started.
-        own: called for each child, returns further variables for that child alone.
         on_loss: called, on a thread of this context, after an addition to ``lost``.
         initializer: importable function that a child calls after its environment is set, before its target.
         on_start: called with the name of each child that was started.
@@ -68,10 +67,8 @@ class EngineContext(SpawnContext):
         on_report: Callable[[str], None] = lambda message: None,
         handles: InheritedHandles | None = None,
         find_zygote: FindZygote | None = None,
-        own: Callable[[], Mapping[str, str]] = dict,
         on_loss: Callable[[], None] = lambda: None,
     ) -> None:
-        self.own = own
         self.on_loss = on_loss
         self.environment = dict(environment)
         self.initializer = initializer
@@ -208,7 +205,7 @@ class EngineProcess(SpawnProcess):
                 handles = replace(handles, reports=reports)
                 readers = ChildOutput(self.name, read_output, read_reports, context.tail, context.heard)
             # All variables, as this thread sees them: the zygote has others.
-            self.setup = ChildSetup({**os.environ, **context.environment, **context.own()}, handles, output)
+            self.setup = ChildSetup({**os.environ, **context.environment}, handles, output)
             try:
                 context.launch(self, super().start)
             except BaseException:

@@ -9,7 +9,7 @@ from typing import Any
 from ...process import bootstrap
 from ...process.context import EngineContext
 from ..phase import Phase
-from . import resuming, start
+from . import platform, resuming, start
 from .seam import Seam
 
 WEIGHTS = Seam(
@@ -42,7 +42,8 @@ SHARED_MEMORY = Seam(
 
 def prepare_child() -> None:
     """Run in each engine process before its target; its own children then come from a context like its own."""
-    start.use_everywhere(EngineContext(start.SPAWN, prepare_child))  # children share the range of ports
+    platform.use_own_ports()  # also for its children, which are told where to look
+    start.use_everywhere(EngineContext(start.SPAWN, prepare_child))
     if bootstrap.inherited_handles().mark:
         SHARED_MEMORY.wrap(functools.partial(_marked, bootstrap.inherited_handles().mark))
     resuming.GRAMMAR.wrap(resuming.advance_grammar)

@@ -171,12 +171,13 @@ def _seen_by_files() -> str | None:
     return None
 
 
-def port_environment() -> dict[str, str]:
-    """The variable that keeps engine processes from choosing the same free port; nothing if it is set already.
+def use_own_ports() -> None:
+    """Have vLLM look for free ports in a range that is this process's alone, unless it was told where to look.
 
     EngineCore chooses the port on which its Worker listens some ten seconds later, when that is spawned.
     """
-    return {} if "VLLM_PORT" in os.environ else {"VLLM_PORT": str(ports.first())}
+    if "VLLM_PORT" not in os.environ and (first := ports.take()) is not None:
+        os.environ["VLLM_PORT"] = str(first)
 
 
 def rpc_base() -> str | None:
