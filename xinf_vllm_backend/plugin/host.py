@@ -22,9 +22,10 @@ from ..engine.seams import platform, start, version
 from ..engine.spec import EngineSpec
 from ..engine.supervisor import EngineSupervisor
 from ..errors import BackendError, BadLaunchArgumentError, EngineStartError, EngineStoppedError
-from ..settings import Settings, variable
+from ..settings import HostSettings, Settings, variable
 from . import cluster_link, cpu, death_log, engine_log, launch_arguments, model_process, pickling, request_arguments
 from .cluster_link import ClusterLink
+from .push.model_side import Links
 
 logger = logging.getLogger("xinference.vllm_backend")
 
@@ -55,6 +56,7 @@ class HostedModel(VLLMModel):
         self._stop_requested = False
         self._death: asyncio.Task[str] | None = None
         self._link: ClusterLink | None = None
+        self.push_links = Links()
         launch_arguments.refuse_unsupported(
             self._enable_weight_cache, self._n_worker, self._get_xinference_executor_backend()
         )
@@ -255,6 +257,16 @@ class HostedModel(VLLMModel):
         except Exception:  # the next step must follow
             logger.exception("A step after the death of the engine of %s failed", self.raw_model_uid)
 
+    async def offer_push_link(self) -> dict[str, Any]:
+        """Where an API process can make a link for the streams of this model, as plain data.
+
+        Raises:
+            RuntimeError: it is switched off.
+        """
+        if HostSettings.resolve().push == "off":
+            raise RuntimeError(f"{variable('push')} is off for the model {self.raw_model_uid}.")
+        return await self.push_links.offer(self.model_family.address.rpartition(":")[0])
+
     async def engine_status(self) -> dict[str, Any]:
         """State, processes and past deaths of this replica's engine, as plain data."""
         engine = self._engine
@@ -267,6 +279,7 @@ class HostedModel(VLLMModel):
             "started": model_process.how_started(),
             "python": sys.executable,
             "zygote": preload.zygote_pid(),
+            "push_links": len(self.push_links),
             "settings": self._settings.model_dump(),
             **death_log.summary(deaths),
         }
