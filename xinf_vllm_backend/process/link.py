@@ -21,6 +21,7 @@ import struct
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import cast
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +76,7 @@ class _End(asyncio.Protocol):
     # -- what asyncio calls
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's are of no class of asyncio's
 
     def connection_lost(self, error: Exception | None) -> None:
         self._lose(f"the connection was closed: {error}" if error else "the peer closed the connection")
