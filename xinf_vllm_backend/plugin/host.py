@@ -279,7 +279,7 @@ class HostedModel(VLLMModel):
             "started": model_process.how_started(),
             "python": sys.executable,
             "zygote": preload.zygote_pid(),
-            "push_links": len(self.push_links),
+            "push": self.push_links.status(),
             "settings": self._settings.model_dump(),
             **death_log.summary(deaths),
         }

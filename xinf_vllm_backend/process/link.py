@@ -182,6 +182,10 @@ class Sender(_End):
         self._number = 0  # of the last frame
         self._scheduled = False
 
+    def __len__(self) -> int:
+        """How many streams are open."""
+        return len(self._streams)
+
     def open(self, key: int) -> Outlet:
         """The stream ``key``, which the receiver has opened.
 

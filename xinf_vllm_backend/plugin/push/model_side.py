@@ -17,8 +17,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from sse_starlette.sse import ensure_bytes
-
 from ...process import link
 from ...process.link import LinkLostError, Outlet, Sender
 from . import KEY, MARK, PULLED_FROM, PUSHED
@@ -34,8 +32,9 @@ class Links:
     def __init__(self) -> None:
         self._links: dict[str, Sender] = {}
 
-    def __len__(self) -> int:
-        return len(self._links)
+    def status(self) -> dict[str, int]:
+        """How many links there are, and streams on them."""
+        return {"links": len(self._links), "streams": sum(len(sender) for sender in self._links.values())}
 
     async def offer(self, host: str) -> dict[str, Any]:
         """Where an API process can make a link, and under which ``id`` it is known then; see :class:`.link.Offer`."""
@@ -66,26 +65,28 @@ def pushed(fn: F) -> F:
         if not generate_config or KEY not in generate_config:
             return await fn(self, prompt, generate_config, *args, **kwargs)
         generate_config = dict(generate_config)
-        name, key = generate_config.pop(KEY)
+        open_stream = functools.partial(self.push_links.open, *generate_config.pop(KEY))
         result = await fn(self, prompt, generate_config, *args, **kwargs)
-        return _items(result, self.push_links.open(name, key)) if hasattr(result, "__aiter__") else result
+        return _items(result, open_stream) if hasattr(result, "__aiter__") else result
 
     return wrapped  # type: ignore[return-value]
 
 
-async def _items(stream: AsyncIterator[Any], outlet: Outlet | None) -> AsyncIterator[Any]:
-    """The items of the actor call."""
+async def _items(stream: AsyncIterator[Any], open_stream: Callable[[], Outlet | None]) -> AsyncIterator[Any]:
+    """The items of the actor call; the link's stream is opened when the first is asked for."""
     async with contextlib.AsyncExitStack() as closing:
         if hasattr(stream, "aclose"):
             closing.push_async_callback(stream.aclose)
         first = await anext(stream, None)
         if first is None:
             return
+        outlet = open_stream()
+        if outlet is not None:
+            closing.callback(outlet.close)
         yield first
         if outlet is None:
             yield {MARK: {PULLED_FROM: 1}}
         else:
-            closing.callback(outlet.close)
             pump = _Pump(outlet)
             try:
                 await pump.run(stream)
@@ -155,5 +156,5 @@ class _Pump:
 
 
 def _event(chunk: Any) -> bytes:
-    """``chunk`` as Xinference's model actor writes it."""
-    return bytes(ensure_bytes({"data": json.dumps(chunk, ensure_ascii=False)}, None))  # type: ignore[arg-type]
+    """``chunk`` as Xinference's model actor writes it: a server-sent event."""
+    return f"data: {json.dumps(chunk, ensure_ascii=False)}\r\n\r\n".encode()
