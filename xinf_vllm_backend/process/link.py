@@ -11,22 +11,22 @@ Each link is offered once: the socket that it is made by is closed as soon as th
 from __future__ import annotations
 
 import asyncio
+import bisect
 import contextlib
 import hmac
 import itertools
-import logging
 import secrets
 import shutil
 import struct
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
-logger = logging.getLogger(__name__)
-
 OFFERED = 10.0  # seconds that a link waits for its peer
-ANSWER = 5.0  # seconds for each step of making it
+ANSWER = 5.0  # seconds that the offer has to answer the receiver
+PENDING = 64  # connections of one offer that have not shown the token; the oldest gives way
 BEAT = 2.0  # seconds between heartbeats
 SILENCE = 10.0  # seconds without a word of the peer after which the link is lost
 MAX_FRAME = 256 << 20  # bytes
@@ -37,11 +37,16 @@ TOKEN = 16  # bytes that each end shows
 _FRAME = struct.Struct("!BI")  # kind, bytes that follow
 _ITEM = struct.Struct("!QBII")  # stream, whether it is the last, bytes of data, bytes of the note
 _NUMBER = struct.Struct("!I")
+_KEY = struct.Struct("!Q")
 ITEMS, ACKNOWLEDGED, RESUMED, CLOSED, ALIVE = range(1, 6)
 
 
 class LinkLostError(ConnectionError):
     """The link has ended; takes one sentence."""
+
+
+class _GarbageError(Exception):
+    """The peer sent what is no frame; takes one phrase."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Offer:
     path: str
     host: str
     port: int
-    token: str
+    token: str = field(repr=False)  # not for logs
 
 
 class _End(asyncio.Protocol):
@@ -76,17 +81,21 @@ class _End(asyncio.Protocol):
     # -- what asyncio calls
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's are of no class of asyncio's
+        self._transport = cast(asyncio.Transport, transport)  # those of uvloop are no instances of it
+        if self.lost is not None:  # closed before it was connected
+            self._transport.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._lose(f"the connection was closed: {error}" if error else "the peer closed the connection")
 
     def data_received(self, data: bytes) -> None:
+        if self.lost is not None:
+            return
         self._heard = self._loop.time()
         self._rest += data
         try:
             self._read()
-        except (ValueError, struct.error, IndexError) as error:
+        except (_GarbageError, struct.error) as error:
             self.close(f"the peer sent what is no frame: {error}")
 
     # -- frames
@@ -102,7 +111,7 @@ class _End(asyncio.Protocol):
                 return
             kind, length = _FRAME.unpack_from(self._rest)
             if not ITEMS <= kind <= ALIVE or length > MAX_FRAME:
-                raise ValueError(f"kind {kind} with {length} bytes")
+                raise _GarbageError(f"kind {kind} with {length} bytes")
             if len(self._rest) < _FRAME.size + length:
                 return
             body = bytes(memoryview(self._rest)[_FRAME.size : _FRAME.size + length])
@@ -128,8 +137,8 @@ class _End(asyncio.Protocol):
 
     def _beat(self) -> None:
         now = self._loop.time()
-        if now - self._looked > 2 * BEAT:  # we were asleep: what the peer said may be unread
-            self._heard = max(self._heard, now - SILENCE + BEAT)
+        overslept = max(0.0, now - self._looked - BEAT)  # it does not count: what the peer said may be unread
+        self._heard = min(now, self._heard + overslept)
         self._looked = now
         if now - self._heard > SILENCE:
             self.close(f"the peer was silent for {now - self._heard:.0f} s")
@@ -141,15 +150,15 @@ class _End(asyncio.Protocol):
 
     def close(self, reason: str = "it was closed") -> None:
         """End the link; idempotent."""
-        transport = self._transport
         self._lose(reason)
-        if transport is not None:
-            transport.abort()
+        if self._transport is not None:
+            self._transport.abort()
 
     def _lose(self, reason: str) -> None:
         if self.lost is not None:
             return
         self.lost = reason
+        self._rest.clear()
         if self._timer is not None:
             self._timer.cancel()
         if not self.made.done():
@@ -169,16 +178,18 @@ class Sender(_End):
 
     Args:
         token: of the offer.
-        on_end: called once when the link is lost.
+        on_made: called when the receiver has shown its half of the token.
+        on_end: called once when the link is lost, also if it was not made.
     """
 
-    def __init__(self, token: bytes, on_end: Callable[[Sender], None] = lambda link: None) -> None:
+    def __init__(self, token: bytes, on_made: Callable[[Sender], None], on_end: Callable[[Sender], None]) -> None:
         super().__init__()
         self._token = token
+        self._on_made = on_made
         self._on_end = on_end
         self._streams: dict[int, Outlet] = {}
         self._waiting: list[tuple[Outlet, bytes]] = []
-        self._in_flight: list[Outlet] = []
+        self._in_flight: Counter[Outlet] = Counter()  # items of each in the frame that is not acknowledged
         self._number = 0  # of the last frame
         self._scheduled = False
 
@@ -210,12 +221,19 @@ class Sender(_End):
         self._scheduled = False
         if self.lost is not None or self._in_flight or not self._waiting:
             return
-        waiting, self._waiting = self._waiting, []
-        self._in_flight = list(dict.fromkeys(outlet for outlet, _ in waiting))
+        items = self._gathered()
+        self._in_flight = Counter(outlet for outlet, _ in items)
         self._number = (self._number + 1) & 0xFFFFFFFF
-        self._write(ITEMS, _NUMBER.pack(self._number), *(item for _, item in waiting))
-        for outlet in self._in_flight:
-            outlet.flushed()
+        self._write(ITEMS, _NUMBER.pack(self._number), *(item for _, item in items))
+        for outlet, count in self._in_flight.items():
+            outlet.flushed(count)
+
+    def _gathered(self) -> list[tuple[Outlet, bytes]]:
+        """The items that wait, as many as fit in a frame."""
+        sizes = list(itertools.accumulate((len(item) for _, item in self._waiting), initial=_NUMBER.size))
+        count = bisect.bisect_right(sizes, MAX_FRAME) - 1
+        items, self._waiting = self._waiting[:count], self._waiting[count:]
+        return items
 
     def _greeted(self) -> bool:
         hello = HELLO + self._token[:TOKEN]
@@ -228,6 +246,7 @@ class Sender(_End):
         assert self._transport is not None
         self._transport.write(HELLO + self._token[TOKEN:])
         self._begin()
+        self._on_made(self)
         return True
 
     def _frame(self, kind: int, body: bytes) -> None:
@@ -242,13 +261,13 @@ class Sender(_End):
             for outlet in self._named(body):
                 outlet.closed()
         else:
-            raise ValueError(f"kind {kind} from a receiver")
+            raise _GarbageError(f"kind {kind} from a receiver")
 
     def _acknowledged(self, body: bytes) -> None:
         (number,) = _NUMBER.unpack_from(body)
         if number != self._number or not self._in_flight:
-            raise ValueError(f"frame {number} is acknowledged, and {self._number} was sent")
-        arrived, self._in_flight = self._in_flight, []
+            raise _GarbageError(f"frame {number} is acknowledged, and {self._number} was sent")
+        arrived, self._in_flight = self._in_flight, Counter()
         for outlet in self._named(body[_NUMBER.size :]):
             outlet.paused = True
         for outlet in arrived:
@@ -256,11 +275,12 @@ class Sender(_End):
         self._flush()
 
     def _named(self, keys: bytes) -> Iterable[Outlet]:
-        found = (self._streams.get(key) for (key,) in struct.iter_unpack("!Q", keys))
+        found = (self._streams.get(key) for (key,) in _KEY.iter_unpack(keys))
         return [outlet for outlet in found if outlet is not None]
 
     def _forget_streams(self) -> None:
         streams, self._streams = list(self._streams.values()), {}
+        self._waiting, self._in_flight = [], Counter()
         for outlet in streams:
             outlet.wake()
         self._on_end(self)
@@ -272,7 +292,7 @@ class Outlet:
     Attributes:
         acknowledged: how many items the receiver has.
         paused: its reader is slow.
-        abandoned: nobody reads it any more.
+        abandoned: nobody reads it any more, or it was closed here: nothing more is sent.
     """
 
     def __init__(self, link: Sender, key: int) -> None:
@@ -282,7 +302,7 @@ class Outlet:
         self.abandoned = False
         self._link = link
         self._waiting = self._in_flight = 0
-        self._waiter: asyncio.Future[None] | None = None
+        self._changed = asyncio.Event()
 
     @property
     def lost(self) -> str | None:
@@ -290,7 +310,15 @@ class Outlet:
         return self._link.lost
 
     def put(self, data: bytes, note: bytes = b"", last: bool = False) -> None:
-        """Send an item, as soon as the receiver has those before."""
+        """Send an item, as soon as the receiver has those before; to be called after :meth:`ready`.
+
+        Raises:
+            ValueError: it is larger than :data:`MAX_FRAME`.
+        """
+        if self.abandoned or self._link.lost is not None:
+            return
+        if _NUMBER.size + _ITEM.size + len(data) + len(note) > MAX_FRAME:
+            raise ValueError(f"An item of {len(data) + len(note)} bytes does not fit in a frame of {MAX_FRAME}.")
         self._waiting += 1
         self._link.put(self, _ITEM.pack(self.key, last, len(data), len(note)) + data + note)
 
@@ -313,8 +341,9 @@ class Outlet:
             await self._change()
 
     def close(self) -> None:
-        """Take no more part in the link; idempotent."""
+        """Take no more part in the link; idempotent. What was put is still sent."""
         self._link.forget(self)
+        self.closed()
 
     def _checked(self) -> bool:
         if self._link.lost is not None:
@@ -322,18 +351,15 @@ class Outlet:
         return True
 
     async def _change(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+        self._changed.clear()
+        await self._changed.wait()
 
     def wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        self._changed.set()
 
-    def flushed(self) -> None:
-        self._in_flight, self._waiting = self._waiting, 0
+    def flushed(self, count: int) -> None:
+        self._waiting -= count
+        self._in_flight = count
         self.wake()
 
     def arrived(self) -> None:
@@ -364,7 +390,7 @@ class Receiver(_End):
         super().__init__()
         self._token = token
         self._streams: dict[int, Inlet] = {}
-        self._keys = itertools.count(1)
+        self._keys = itertools.count(secrets.randbits(63))  # a key of another link names no stream of this one
 
     def open(self) -> Inlet:
         """A new stream, whose key the sender is to be told.
@@ -379,11 +405,11 @@ class Receiver(_End):
         return inlet
 
     def resume(self, inlet: Inlet) -> None:
-        self._write(RESUMED, struct.pack("!Q", inlet.key))
+        self._write(RESUMED, _KEY.pack(inlet.key))
 
     def forget(self, inlet: Inlet) -> None:
         if self._streams.pop(inlet.key, None) is not None and not inlet.ended:
-            self._write(CLOSED, struct.pack("!Q", inlet.key))
+            self._write(CLOSED, _KEY.pack(inlet.key))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -405,32 +431,34 @@ class Receiver(_End):
         if kind == ALIVE:
             return
         if kind != ITEMS:
-            raise ValueError(f"kind {kind} from a sender")
-        paused = {inlet.key for inlet in self._delivered(body) if inlet.is_full()}
-        self._write(ACKNOWLEDGED, body[: _NUMBER.size], *(struct.pack("!Q", key) for key in paused))
+            raise _GarbageError(f"kind {kind} from a sender")
+        (number,) = _NUMBER.unpack_from(body)
+        inlets, closed = self._delivered(body)
+        for inlet in inlets:
+            inlet.on_change()
+        if closed:
+            self._write(CLOSED, *map(_KEY.pack, closed))
+        self._write(ACKNOWLEDGED, _NUMBER.pack(number), *(_KEY.pack(inlet.key) for inlet in inlets if inlet.is_full()))
 
-    def _delivered(self, body: bytes) -> list[Inlet]:
-        """Give each item of a frame to its stream; those streams, each woken once."""
-        found: dict[int, Inlet] = {}
+    def _delivered(self, body: bytes) -> tuple[Iterable[Inlet], Iterable[int]]:
+        """Give each item of a frame to its stream; those streams, and the keys of streams that are closed."""
+        found: dict[int, Inlet | None] = {}
         at = _NUMBER.size
         while at < len(body):
             key, last, length, noted = _ITEM.unpack_from(body, at)
             at += _ITEM.size
             if at + length + noted > len(body):
-                raise ValueError("an item that is longer than its frame")
-            inlet = self._streams.get(key)
-            if inlet is not None:  # else it was closed meanwhile
+                raise _GarbageError("an item that is longer than its frame")
+            found[key] = inlet = self._streams.get(key)
+            if inlet is not None:
                 inlet.take_in(body[at : at + length], body[at + length : at + length + noted], bool(last))
-                found[key] = inlet
             at += length + noted
-        for inlet in found.values():
-            inlet.on_change()
-        return list(found.values())
+        return [inlet for inlet in found.values() if inlet], [key for key, inlet in found.items() if inlet is None]
 
     def _forget_streams(self) -> None:
         streams, self._streams = list(self._streams.values()), {}
         for inlet in streams:
-            inlet.on_change()
+            self._loop.call_soon(inlet.on_change)  # one that fails keeps none of the others from hearing of it
 
 
 class Inlet:
@@ -440,7 +468,7 @@ class Inlet:
         key: to tell the sender.
         received: how many items have come.
         ended: the last of them has.
-        on_change: called when there is something new: items, or the loss of the link.
+        on_change: called when there is something new: items, or the loss of the link. It must not raise.
     """
 
     def __init__(self, link: Receiver, key: int) -> None:
@@ -467,8 +495,9 @@ class Inlet:
         return items
 
     def close(self) -> None:
-        """Read no more; idempotent."""
-        self._items = []
+        """Read no more; idempotent. ``on_change`` is not called again."""
+        self._items, self._size = [], 0
+        self.on_change = lambda: None
         self._link.forget(self)
 
     def take_in(self, data: bytes, note: bytes, last: bool) -> None:
@@ -516,45 +545,52 @@ class _Making:
         self._on_end = on_end
         self._directory: str | None = None
         self._servers: list[asyncio.Server] = []
-        self._connected: set[Sender] = set()
+        self._connected: dict[Sender, None] = {}  # those that have not shown the token, the oldest first
+        self._timer: asyncio.TimerHandle | None = None
         self._is_over = False
 
     async def listen(self, host: str) -> Offer:
         loop = asyncio.get_running_loop()
-        path = ""
+        path, backlog = "", PENDING // 4  # all that are accepted at once are read before one gives way
         with contextlib.suppress(OSError):  # no directory, or its name is too long
-            self._directory = await asyncio.to_thread(tempfile.mkdtemp, prefix="xvl-")  # mode 0700
-            self._servers.append(await loop.create_unix_server(self._accepted, f"{self._directory}/s"))
+            self._directory = tempfile.mkdtemp(prefix="xvl-")  # mode 0700; not in a thread, which outlives this task
+            self._servers.append(await loop.create_unix_server(self._accepted, f"{self._directory}/s", backlog=backlog))
             path = f"{self._directory}/s"
-        self._servers.append(await loop.create_server(self._accepted, host, 0))
-        loop.call_later(OFFERED, self.end)
+        self._servers.append(await loop.create_server(self._accepted, host, 0, backlog=backlog))
+        self._timer = loop.call_later(OFFERED, self.end)
         return Offer(path, host, self._servers[-1].sockets[0].getsockname()[1], self._token.hex())
 
     def _accepted(self) -> Sender:
-        link = Sender(self._token, self._on_end)
-        self._connected.add(link)
-        link.made.add_done_callback(lambda made: self._greeted(link, made.result()))
+        link = Sender(self._token, self._made, self._ended)
+        self._connected[link] = None
+        if self._is_over:  # it was accepted just before the sockets were closed
+            link.close("the offer is over")
+        elif len(self._connected) > PENDING:
+            next(iter(self._connected)).close("too many connect and do not show the token")
         return link
 
-    def _greeted(self, link: Sender, made: bool) -> None:
-        self._connected.discard(link)
-        if made and self._is_over:
-            link.close("the offer was taken already")
-        elif made:
-            self.end()
-            self._on_made(link)
+    def _made(self, link: Sender) -> None:
+        del self._connected[link]
+        self.end()
+        self._on_made(link)
+
+    def _ended(self, link: Sender) -> None:
+        if link in self._connected:
+            del self._connected[link]
+        else:
+            self._on_end(link)
 
     def end(self) -> None:
         """Close the sockets, and what has not shown its token; idempotent."""
-        if self._is_over:
-            return
         self._is_over = True
+        if self._timer is not None:
+            self._timer.cancel()
         for server in self._servers:
             server.close()
         for link in list(self._connected):
             link.close("the offer is over")
         if self._directory is not None:
-            asyncio.get_running_loop().run_in_executor(None, shutil.rmtree, self._directory, True)
+            shutil.rmtree(self._directory, ignore_errors=True)
 
 
 async def accept(offered: Offer) -> Receiver:
@@ -563,22 +599,29 @@ async def accept(offered: Offer) -> Receiver:
     Raises:
         LinkLostError: it cannot be made.
     """
-    why = f"No link could be made to {offered.host}:{offered.port}"
+    link = Receiver(bytes.fromhex(offered.token))
     try:
-        link = await asyncio.wait_for(_connected(offered, bytes.fromhex(offered.token)), ANSWER)
+        await asyncio.wait_for(_answered(link, offered), ANSWER)
     except (OSError, asyncio.TimeoutError) as error:
-        raise LinkLostError(f"{why}: {error or 'there was no answer'}.") from None
-    await asyncio.wait([link.made], timeout=ANSWER)
-    if not link.made.done():
-        link.close("there was no answer")
+        link.close(str(error) or "there was no answer")
+    except BaseException:
+        link.close("it is not waited for any more")
+        raise
     if link.lost is not None:
-        raise LinkLostError(f"{why}: {link.lost}.")
+        raise LinkLostError(f"No link could be made to {offered.host}:{offered.port}: {link.lost}.")
     return link
 
 
-async def _connected(offered: Offer, token: bytes) -> Receiver:
+async def _answered(link: Receiver, offered: Offer) -> None:
+    """Connect, and wait until the peer has shown its half of the token."""
+    await _connect(link, offered)
+    await asyncio.wait([link.made])
+
+
+async def _connect(link: Receiver, offered: Offer) -> None:
     loop = asyncio.get_running_loop()
     if offered.path:
         with contextlib.suppress(OSError):  # of another host, or another mount namespace
-            return (await loop.create_unix_connection(lambda: Receiver(token), offered.path))[1]
-    return (await loop.create_connection(lambda: Receiver(token), offered.host, offered.port))[1]
+            await loop.create_unix_connection(lambda: link, offered.path)
+            return
+    await loop.create_connection(lambda: link, offered.host, offered.port)

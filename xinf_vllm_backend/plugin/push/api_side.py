@@ -35,7 +35,7 @@ ITERATOR = Seam(
     "IteratorWrapper",
     GET_SUPERVISOR.used_for,
     GET_SUPERVISOR.without,
-    members=("destroy", "__anext__"),
+    members=("destroy", "__anext__", "_gc_destroy"),
 )
 RELEASE = Seam("xinference.api.restful_api", "_release_model_stream", GET_SUPERVISOR.used_for, GET_SUPERVISOR.without)
 SEAMS = (GET_SUPERVISOR, ITERATOR, RELEASE)
@@ -207,6 +207,7 @@ class Stream:
 
     def __init__(self, iterator: Any, inlet: Inlet, model: Any) -> None:
         self._iterator = iterator
+        iterator._gc_destroy = False  # else it is destroyed once more, by a thread for which the event loop waits
         self._inlet = inlet
         self._model = model
         self._end: asyncio.Task[Any] | None = None  # of the actor call for the second item
@@ -299,7 +300,6 @@ class Stream:
             return
         if self._end is not None and not self._end.done():
             self._end.cancel()
-        self._iterator._gc_destroy = False  # else it is destroyed once more, by a thread that is waited for
         await self._iterator.destroy()
 
 
