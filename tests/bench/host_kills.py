@@ -112,6 +112,7 @@ class Host:
         processes = self.cluster.processes()
         (self._service,) = (each for each in processes if "xinference-worker" in title(each))
         (self.worker,) = self._service.children()  # which has the actors
+        self._directories = _directories_of(self.worker)
         self._others = {each.pid for each in processes} - {self._service.pid} - self.pids_of_worker()
 
     def __exit__(self, *exc_info: object) -> None:
@@ -214,6 +215,8 @@ class Host:
         processes = self.cluster.processes()
         may = self._others | (self._of_living_worker() if alive else set())
         found = [f"pid {each.pid} {title(each)[:60]!r}" for each in processes if each.pid not in may]
+        if not alive:
+            found += [str(directory) for directory in self._directories if directory.exists()]
         return found + new_files(before, self.files(), {each.pid for each in processes})
 
     def _of_living_worker(self) -> set[int]:
@@ -221,6 +224,12 @@ class Host:
         owners = {self._service.pid, self.worker.pid, *([zygote.pid] if zygote else [])}
         trackers = (each for each in self._of_worker() if "resource_tracker" in title(each))
         return owners | {each.pid for each in trackers if _parent(each) in owners}
+
+
+def _directories_of(worker: psutil.Process) -> list[Path]:
+    """Those that its service made for its configuration and its socket: Xinference has them in /tmp, not in TMPDIR."""
+    names = [*worker.cmdline(), *worker.environ().values()]
+    return [Path(name).parent for name in names if re.match(r"/tmp/xinf-(host|worker)-", name)]
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:
