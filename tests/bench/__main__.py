@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import click
 
-from . import events, host_kills, kills, recovery, startup
+from . import events, kills, recovery, startup
 
 benchmarks = click.Group(
     "bench",
     commands={
         "events": events.main,
-        "host-kills": host_kills.main,
         "kills": kills.main,
         "recovery": recovery.main,
         "startup": startup.main,

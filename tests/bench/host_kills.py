@@ -1,8 +1,6 @@
-"""Kill the host zygote, a model process or the worker of a real cluster at any moment, or cancel a launch.
+"""Kills of the host zygote, a model process or the worker of a real cluster, and cancelled launches.
 
-``python -m tests.bench host-kills --count 20`` draws fault, phase and the launches in flight from a seed that it
-prints: the same seed draws the same faults. After each, nothing may be left 5 s after the last launch has ended, and
-the next launch works. Files are looked for as :mod:`.kills` does.
+After each, nothing may be left 5 s after the last launch has ended, and the next launch works.
 """
 
 from __future__ import annotations
@@ -10,25 +8,21 @@ from __future__ import annotations
 import contextlib
 import random
 import re
-import secrets
-import shutil
-import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 import openai
 import psutil
 
 from xinf_vllm_backend.demo.cluster import Cluster, title, wait_until
-from xinf_vllm_backend.demo.tiny_model import make_tiny_model, model_registration
+from xinf_vllm_backend.demo.tiny_model import model_registration
 
-from .kills import NOBODY, STARTING, Files, Outcome, files, new_files, table, until_clean
+from .engine_kills import STARTING
 from .launches import APPEARS, is_host_zygote, log_lines, starts, wait_for_host_zygote
+from .leftovers import Files, Outcome, files, inductor_cache, new_files, until_clean
 
 ENDED = 180.0  # seconds within which every launch has ended, also where it is spawned
 ANOTHER = 60.0  # seconds within which there is another host zygote
@@ -64,6 +58,14 @@ class Fault:
     delay: float
     launches: int
 
+    @property
+    def label(self) -> str:
+        return self.phase
+
+    @property
+    def setting(self) -> str:
+        return f"{self.launches} in flight"
+
 
 def draw(count: int, seed: int) -> list[Fault]:
     """The ``count`` faults of ``seed``."""
@@ -91,8 +93,7 @@ class Host:
         self._temporary = directory / "tmp"
         self._temporary.mkdir(parents=True)
         self._model = model
-        inductor = Path(tempfile.gettempdir()) / "torchinductor_host_kills"
-        environment = {"TMPDIR": str(self._temporary), "TORCHINDUCTOR_CACHE_DIR": str(inductor)}
+        environment = {"TMPDIR": str(self._temporary), "TORCHINDUCTOR_CACHE_DIR": inductor_cache()}
         self.cluster = Cluster(supervisor_worker=True, env=environment, directory=directory)
 
     def __enter__(self) -> Host:
@@ -111,6 +112,7 @@ class Host:
         processes = self.cluster.processes()
         (self._service,) = (each for each in processes if "xinference-worker" in title(each))
         (self.worker,) = self._service.children()  # which has the actors
+        self._directories = _directories_of(self.worker)
         self._others = {each.pid for each in processes} - {self._service.pid} - self.pids_of_worker()
 
     def __exit__(self, *exc_info: object) -> None:
@@ -213,6 +215,8 @@ class Host:
         processes = self.cluster.processes()
         may = self._others | (self._of_living_worker() if alive else set())
         found = [f"pid {each.pid} {title(each)[:60]!r}" for each in processes if each.pid not in may]
+        if not alive:
+            found += [str(directory) for directory in self._directories if directory.exists()]
         return found + new_files(before, self.files(), {each.pid for each in processes})
 
     def _of_living_worker(self) -> set[int]:
@@ -220,6 +224,12 @@ class Host:
         owners = {self._service.pid, self.worker.pid, *([zygote.pid] if zygote else [])}
         trackers = (each for each in self._of_worker() if "resource_tracker" in title(each))
         return owners | {each.pid for each in trackers if _parent(each) in owners}
+
+
+def _directories_of(worker: psutil.Process) -> list[Path]:
+    """Those that its service made for its configuration and its socket: Xinference has them in /tmp, not in TMPDIR."""
+    names = [*worker.cmdline(), *worker.environ().values()]
+    return [Path(name).parent for name in names if re.match(r"/tmp/xinf-(host|worker)-", name)]
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:
@@ -250,7 +260,7 @@ def carry_out(fault: Fault, host: Host, texts: set[str]) -> Outcome:
     Args:
         texts: what the model answers; filled in.
     """
-    outcome = Outcome(victim=fault.victim, phase=fault.phase)
+    outcome = Outcome(victim=fault.victim)
     try:
         wait_for_host_zygote(host.cluster)
         if fault.victim == ZYGOTE and host.zygote() is None:
@@ -362,44 +372,11 @@ def _check_text(host: Host, uid: str, texts: set[str]) -> None:
         raise RuntimeError(f"{uid} answered {text!r}, not {texts}")
 
 
-# -- the run
+# -- all of them
 
 
-def line(fault: Fault, outcome: Outcome) -> str:
-    """How ``fault`` went, in a line and one for each thing that was wrong."""
-    how = "UNCLEAN" if outcome.faults else f"clean after {outcome.seconds:4.2f} s"
-    what = f"{fault.number:4} {outcome.victim:13} {fault.phase:20} {fault.launches} in flight {how:18}"
-    return "\n".join([f"{what} {outcome.said[:300]}", *(f"       {wrong}" for wrong in outcome.faults)])
-
-
-@click.command()
-@click.option("--count", default=20, show_default=True, help="How many faults.")
-@click.option("--seed", type=int, help="What to draw them from; by default a new one, which is printed.")
-@click.option("--only", help="The numbers of those to carry out, separated by commas; by default all.")
-def main(count: int, seed: int | None, only: str | None) -> None:
-    """Kill what makes model processes; the exit status is 1 if anything was left, or the next launch failed."""
-    seed = secrets.randbits(32) if seed is None else seed
-    begun = time.monotonic()
-    click.echo(f"{count} faults, seed {seed}")
-    faults = [fault for fault in draw(count, seed) if not only or str(fault.number) in only.split(",")]
-    directory = Path(tempfile.mkdtemp(prefix="host-kills-", dir="/tmp"))
-    outcomes = []
-    for fault, outcome, log in _carry_out_all(faults, directory):
-        click.echo(line(fault, outcome) + (f"\n       log: {log}" if outcome.faults else ""))
-        outcomes.append((fault, outcome))
-    done = [(outcome.victim, fault.phase) for fault, outcome in outcomes if outcome.victim != NOBODY]
-    unclean = [fault.number for fault, outcome in outcomes if outcome.faults]
-    click.echo(f"\n{table(FAULTS, PHASES, done)}\n")
-    click.echo(f"{len(done)} faults of seed {seed} in {time.monotonic() - begun:.0f} s; {len(unclean)} unclean")
-    if unclean:
-        click.echo(f"unclean: {', '.join(map(str, unclean))}; everything that was said is in {directory}")
-        sys.exit(1)
-    shutil.rmtree(directory)
-
-
-def _carry_out_all(faults: Sequence[Fault], directory: Path) -> Iterator[tuple[Fault, Outcome, Path]]:
-    """Each on the host of the one before, unless that was killed or went wrong."""
-    model = make_tiny_model(directory / "model")
+def carry_out_all(faults: Sequence[Fault], directory: Path, model: Path) -> Iterator[tuple[Fault, Outcome, Path]]:
+    """Each on the host of the one before, unless that was killed or went wrong; yields the log, too."""
     texts: set[str] = set()
     rest = list(faults)
     hosts = 0
@@ -413,7 +390,3 @@ def _carry_out_all(faults: Sequence[Fault], directory: Path) -> Iterator[tuple[F
                 yield fault, outcome, host.cluster.log_path
                 if fault.victim == WORKER or outcome.faults:
                     break
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""The process that :mod:`.kills` has killed: a model process without Xinference, one engine after the other.
+"""The process that :mod:`.engine_kills` has killed: a model process without Xinference, one engine after the other.
 
 ``python -m tests.bench.kills_owner FD MODEL`` reads orders from the connection FD, a name and its arguments, and says
 there what happens: number of the engine, name, detail. The names are the phases of a start, and those in the methods

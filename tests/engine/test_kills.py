@@ -7,7 +7,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,20 @@ ATTEMPTS = 5  # to find a process of an engine that stops
 
 
 @pytest.fixture(scope="module")
-def kills() -> Iterator[Any]:
+def bench() -> Iterator[Callable[[str], Any]]:
+    """Imports a module of the bench by its name."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parents[2]))
-        module = importlib.import_module("tests.bench.kills")
-        patch.setattr(module, "BOUND", BOUND)
-        patch.setattr(module, "LATE", 2 * BOUND)
-        yield module
+        yield lambda name: importlib.import_module(f"tests.bench.{name}")
+
+
+@pytest.fixture(scope="module")
+def kills(bench: Callable[[str], Any]) -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("leftovers", "engine_kills"):
+            patch.setattr(bench(module), "BOUND", BOUND)
+            patch.setattr(bench(module), "LATE", 2 * BOUND)
+        yield bench("engine_kills")
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +85,11 @@ def test_an_engine_outlives_its_zygote_but_not_its_model_process(kills: Any, own
     kills.until_clean(outcome, owner, before, killed, alive=False)
     assert outcome.faults == []
     assert list(owner.processes()) == []
+
+
+def test_a_number_has_the_same_fault_with_and_without_the_other_kind(bench: Any) -> None:
+    kills = bench("kills")
+    mixed, engines, hosts = (kills.draw(20, 1, of) for of in (None, "engines", "hosts"))
+    assert {type(fault) for fault in mixed} == {type(engines[0]), type(hosts[0])}
+    assert all(fault in alone for fault, *alone in zip(mixed, engines, hosts, strict=True))
+    assert [fault.number for fault in mixed] == list(range(1, 21))
