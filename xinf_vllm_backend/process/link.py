@@ -342,7 +342,6 @@ class Outlet:
 
     def close(self) -> None:
         """Take no more part in the link; idempotent. What was put is still sent."""
-        self._link.forget(self)
         self.closed()
 
     def _checked(self) -> bool:
@@ -372,6 +371,7 @@ class Outlet:
         self.wake()
 
     def closed(self) -> None:
+        self._link.forget(self)
         self.abandoned = True
         self.wake()
 
