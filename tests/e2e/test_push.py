@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -73,7 +74,9 @@ def both(cluster: Cluster, tiny_model: Path) -> Iterator[Cluster]:
     cluster.wait_until_unloaded()
 
 
-def events(cluster: Cluster, uid: str, path: str, body: dict[str, Any], most: int | None = None) -> list[Any]:
+def events(
+    cluster: Cluster, uid: str, path: str, body: dict[str, Any], most: int | None = None, on_event: Any = None
+) -> list[Any]:
     """The events of a stream, each with its name; the ``most`` first, and leave."""
     given = {"model": uid, "stream": True, "temperature": 0, "max_tokens": 100, **body}
     found: list[Any] = []
@@ -88,6 +91,8 @@ def events(cluster: Cluster, uid: str, path: str, body: dict[str, Any], most: in
                 name = value
             elif kind == "data":
                 found.append([name, json.loads(value) if value.startswith("{") else value])
+                if on_event is not None:
+                    on_event()
                 if most is not None and len(found) >= most:
                     break
     return found
@@ -175,13 +180,14 @@ def test_many_at_once_of_which_half_leave_get_their_own_answers_and_leave_nothin
 
 def test_an_answer_goes_on_where_the_engine_died(both: Cluster) -> None:
     path, body = REQUESTS["chat"]
-    body = {**body, "max_tokens": 600}
+    body = {**body, "max_tokens": 900}
+    has_begun = threading.Event()
     expected = folded(events(both, PULLED, path, body))
     processes = state(both, PUSHED)["processes"]
     (engine_core,) = (each["pid"] for each in processes if each["title"] == "VLLM::EngineCore")
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(events, both, PUSHED, path, body)
-        wait_until(lambda: state(both, PUSHED)["push"]["streams"] == 1, BOUND, "the stream to be pushed")
+        answer = pool.submit(events, both, PUSHED, path, body, on_event=has_begun.set)
+        assert has_begun.wait(BOUND)
         os.kill(engine_core, signal.SIGKILL)
         assert folded(answer.result(BOUND)) == expected
     assert state(both, PUSHED)["restarts"] == 1
