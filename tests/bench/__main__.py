@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from . import events, host_kills, kills, recovery, startup
+from . import events, host_kills, kills, recovery, serving, startup
 
 benchmarks = click.Group(
     "bench",
@@ -13,6 +13,7 @@ benchmarks = click.Group(
         "host-kills": host_kills.main,
         "kills": kills.main,
         "recovery": recovery.main,
+        "serving": serving.main,
         "startup": startup.main,
     },
 )
