@@ -186,20 +186,15 @@ def main(rounds: int, seconds: float, systems: str, full: bool, docs: Path | Non
     if docs:
         given = "".join(f" --{option} {value}" for option, value in options.items())
         arguments = f" --rounds {rounds} --seconds {seconds:g} --systems {systems}{' --full' if full else given}"
-        _write(docs, bench.samples, cells, names, tables, arguments)
+        others = [name for name in names if name != VLLM]
+        docs.mkdir(exist_ok=True)
+        panels = serving_report.panels(cells, others, bench.failed)
+        drawn = report.plot(docs / "serving.png", bench.samples, panels)
+        plot = "![Output tokens per second of each system, beside vLLM's own server](serving.png)\n" * drawn
+        page = "\n".join(filter(None, [_machine(arguments), serving_report.NOTES, plot, tables]))
+        report.write_page(docs / "serving.md", page, "Serving")
     if bench.failed:
         raise click.ClickException(f"{len(bench.failed)} of {len(cells) * len(names)} cells failed")
-
-
-def _write(
-    docs: Path, samples: Samples, cells: Sequence[Load], names: Sequence[str], tables: str, arguments: str
-) -> None:
-    docs.mkdir(exist_ok=True)
-    panels = serving_report.panels(cells, [name for name in names if name != VLLM])
-    drawn = report.plot(docs / "serving.png", samples, panels)
-    plot = "![Output tokens per second of each system, beside vLLM's own server](serving.png)\n" * drawn
-    page = "\n".join(filter(None, [_machine(arguments), serving_report.NOTES, plot, tables]))
-    report.write_page(docs / "serving.md", page, "Serving")
 
 
 if __name__ == "__main__":

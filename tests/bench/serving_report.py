@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from . import report
@@ -16,6 +16,7 @@ THROUGHPUT, FIRST, GAP, ANSWER = "output", "first token", "between chunks", "who
 PER_CHUNK, PROMPT = "tokens a chunk", "prompt tokens"
 CPU, SWITCHES, ALL, IDLE = "CPU", "switches", "all", "CPU time while the others are measured"
 FAILED = "failed"
+PLOTTED = 128  # tokens, if there are several lengths
 TITLES = {VLLM: "vLLM's server", STOCK: "stock", OURS: "ours", PULL: "ours, pull"}
 _COLOURS = {STOCK: "#9aa0a6", OURS: "#d9822b", PULL: "#f2c18d"}
 _HEADINGS = {
@@ -67,8 +68,15 @@ def what(cell: Load, measure: str) -> str:
 
 
 def cell_name(cell: Load) -> str:
-    clients = "1 client" if cell.clients == 1 else f"{cell.clients} clients"
-    return f"{'streams' if cell.stream else 'whole'}, {clients}, {cell.tokens} tokens, {cell.prompt} prompt"
+    return f"{_how(cell)}, {_length(cell)}"
+
+
+def _how(cell: Load) -> str:
+    return f"{'streams' if cell.stream else 'whole'}, {cell.clients} client{'s' * (cell.clients > 1)}"
+
+
+def _length(cell: Load) -> str:
+    return f"{cell.tokens} tokens, {cell.prompt} prompt"
 
 
 def markdown(
@@ -107,6 +115,7 @@ def _table(
     head = ["", "", *(TITLES[name] for name in names), *ratios]
     lines = [_line(head), "|--" * len(head) + "|"]
     for cell in cells:
+        name_of_cell = cell_name(cell)
         for measure, (unit, scale) in measures.items():
             series = {name: [value / scale for value in samples.of(what(cell, measure), name)] for name in names}
             series |= {name: [] for name in names if (cell, name) in failed}
@@ -114,7 +123,8 @@ def _table(
             figures = [report.figure(series[n], unit) or gone * ((cell, n) in failed) for n in names]
             if any(figures):
                 shares = (report.figure(report.ratios(series[b], series[a])) for a, b in pairs)
-                lines.append(_line([cell_name(cell), measure, *figures, *shares]))
+                lines.append(_line([name_of_cell, measure, *figures, *shares]))
+                name_of_cell = ""  # it stands for the rows below, too
     return "\n".join([*lines, ""])
 
 
@@ -130,36 +140,36 @@ def _line(cells: Sequence[str]) -> str:
 # -- the plot
 
 
-def panels(cells: Sequence[Load], names: Sequence[str]) -> list[list[Panel]]:
-    """A row for each kind: output tokens per second beside vLLM's server, of the systems ``names``."""
-    kinds = dict.fromkeys(cell.kind for cell in cells)
-    return [[_panel(kind, [cell for cell in cells if cell.kind == kind], names)] for kind in kinds]
+def panels(cells: Sequence[Load], names: Sequence[str], failed: Iterable[tuple[Load, str]]) -> list[list[Panel]]:
+    """A row for each kind: output tokens per second beside vLLM's server, of the systems ``names``.
+
+    Of several lengths and prompts it shows one, and no cell that failed.
+    """
+    lengths, prompts = [cell.tokens for cell in cells], [cell.prompt for cell in cells]
+    tokens, prompt = (PLOTTED if PLOTTED in lengths else lengths[0]), prompts[0]
+    lost = {cell for cell, _ in failed}
+    shown = [cell for cell in cells if (cell.tokens, cell.prompt) == (tokens, prompt) and cell not in lost]
+    kinds = dict.fromkeys(cell.kind for cell in shown)
+    return [[_panel(kind, [cell for cell in shown if cell.kind == kind], names)] for kind in kinds if names]
 
 
 def _panel(kind: str, cells: Sequence[Load], names: Sequence[str]) -> Panel:
     needs = [(what(cell, THROUGHPUT), name) for cell in cells for name in (VLLM, *names)]
-    width = max(1.5, 0.4 * len(cells))
-    return Panel(width, needs, lambda axes, samples: _draw(axes, samples, kind, cells, names))
+    return Panel(2.4, needs, lambda axes, samples: _draw(axes, samples, kind, cells, names))
 
 
 def _draw(axes: Any, samples: Samples, kind: str, cells: Sequence[Load], names: Sequence[str]) -> None:
     width = 0.8 / len(names)
     for shift, name in enumerate(names):
-        series = [_beside_vllm(samples, cell, name) for cell in cells]
+        series = [report.ratios(*(samples.of(what(cell, THROUGHPUT), who) for who in (VLLM, name))) for cell in cells]
         middles = [statistics.median(each) for each in series]
-        spread = [
-            [middle - min(each) for middle, each in zip(middles, series, strict=True)],
-            [max(each) - middle for middle, each in zip(middles, series, strict=True)],
-        ]
+        below = [middle - min(each) for middle, each in zip(middles, series, strict=True)]
+        above = [max(each) - middle for middle, each in zip(middles, series, strict=True)]
         places = [index + (shift - (len(names) - 1) / 2) * width for index in range(len(cells))]
-        label = TITLES[name]
-        axes.bar(places, middles, 0.9 * width, yerr=spread, color=_COLOURS[name], ecolor="#444444", label=label)
+        style = {"color": _COLOURS[name], "ecolor": "#444444", "label": TITLES[name]}
+        axes.bar(places, middles, 0.9 * width, yerr=[below, above], **style)
     axes.axhline(1.0, color="#444444", linewidth=0.8)
-    axes.set_xticks(range(len(cells)), [cell_name(cell).replace(", ", "\n") for cell in cells], fontsize=8)
+    axes.set_xticks(range(len(cells)), [_how(cell).replace(", ", ",\n") for cell in cells])
     axes.set_ylabel(f"{TITLES[VLLM]} = 1")
-    axes.set_title(f"{_HEADINGS[kind]}: output tokens per second")
-    axes.legend(frameon=False)
-
-
-def _beside_vllm(samples: Samples, cell: Load, name: str) -> list[float]:
-    return report.ratios(*(samples.of(what(cell, THROUGHPUT), each) for each in (VLLM, name)))
+    axes.set_title(f"{_HEADINGS[kind]}: output tokens per second; {_length(cells[0])}")
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
