@@ -50,6 +50,8 @@ FULL = {
     "prompts": tuple(PROMPTS),
 }
 WARM_UP = 16  # tokens of the answers before each measurement
+SETTLE = 5.0  # seconds at most until the others are quiet
+WINDOW, QUIET = 0.25, 0.12  # quiet is less than this share of a core for so many seconds
 PERCENTILES = {"p50": 0.5, "p99": 0.99}
 
 
@@ -87,6 +89,7 @@ class Bench:
     def _measure(self, system: System, cell: Load, number: int) -> None:
         warm_up = Load(cell.kind, cell.stream, cell.clients, min(WARM_UP, cell.tokens), cell.prompt)
         self._loader.make(system.endpoint, warm_up, 0.0, f"warm {number}")
+        self._wait_for_others(system)
         before, since = self._used(), time.monotonic()
         outcome = self._loader.make(system.endpoint, cell, self._seconds, f"round {number}")
         after, taken = self._used(), time.monotonic() - since
@@ -97,6 +100,16 @@ class Bench:
                 self._add_used(system, cell, used, outcome.tokens)
             else:
                 self.samples.add(IDLE, other.name, 100 * sum(each.cpu for each in used.values()) / taken)
+
+    def _wait_for_others(self, system: System) -> None:
+        """What was measured just now may still be at work; if that lasts, the table of the idle ones shows it."""
+        others = [other for other in self._systems if other is not system]
+        deadline = time.monotonic() + SETTLE
+        while time.monotonic() < deadline:
+            before = _cpu(others)
+            time.sleep(WINDOW)
+            if _cpu(others) - before <= QUIET * WINDOW:
+                return
 
     def _used(self) -> dict[str, dict[str, Used]]:
         return {system.name: system.used() for system in self._systems}
@@ -119,6 +132,10 @@ class Bench:
         for role, each in {ALL: everything, **used}.items():
             self.samples.add(what(cell, f"{CPU}: {role}"), system.name, 1000 * each.cpu / tokens)
             self.samples.add(what(cell, f"{SWITCHES}: {role}"), system.name, 1000 * each.switches / tokens)
+
+
+def _cpu(systems: Sequence[System]) -> float:
+    return sum(used.cpu for system in systems for used in system.used().values())
 
 
 def _rotated(systems: Sequence[System], number: int) -> Sequence[System]:

@@ -58,7 +58,7 @@ they come. "Ours, pull" is this package with `XINF_VLLM_PUSH=off`.
   the tokens a chunk beside it.
 - CPU time and context switches are for 1000 output tokens, of all threads. "API" is the server process of vLLM, or that
   of `xinference-local`; the load's process is in none.
-- Before each measurement every client has sent a request that is not counted.
+- Before each measurement every client has sent a request that is not counted, and the other systems have become quiet.
 """
 
 
