@@ -298,8 +298,8 @@ class TestModel:
     async def test_a_stream_names_link_and_key(self) -> None:
         ref, links = Ref(Model([])), api_side.Links()
         config = await self.ask(ref, links, stream=True)
-        assert config[KEY][1] == 1
-        assert (await self.ask(ref, links, stream=True))[KEY] == (config[KEY][0], 2)
+        name, key = config[KEY]
+        assert (await self.ask(ref, links, stream=True))[KEY] == (name, key + 1)
         assert ref.asked == ["is_vllm_backend", "offer_push_link"], "once for each link"
 
     async def test_what_does_not_stream_and_other_engines_are_asked_as_ever(self) -> None:

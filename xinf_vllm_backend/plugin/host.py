@@ -22,9 +22,10 @@ from ..engine.seams import platform, start, version
 from ..engine.spec import EngineSpec
 from ..engine.supervisor import EngineSupervisor
 from ..errors import BackendError, BadLaunchArgumentError, EngineStartError, EngineStoppedError
-from ..settings import HostSettings, Settings, variable
+from ..settings import Settings, variable
 from . import cluster_link, cpu, death_log, engine_log, launch_arguments, model_process, pickling, request_arguments
 from .cluster_link import ClusterLink
+from .push import why_off
 from .push.model_side import Links
 
 logger = logging.getLogger("xinference.vllm_backend")
@@ -263,8 +264,8 @@ class HostedModel(VLLMModel):
         Raises:
             RuntimeError: it is switched off.
         """
-        if HostSettings.resolve().push == "off":
-            raise RuntimeError(f"{variable('push')} is off for the model {self.raw_model_uid}.")
+        if (reason := why_off()) is not None:
+            raise RuntimeError(f"The model {self.raw_model_uid} pushes no streams: {reason}.")
         return await self.push_links.offer(self.model_family.address.rpartition(":")[0])
 
     async def engine_status(self) -> dict[str, Any]:
@@ -279,7 +280,7 @@ class HostedModel(VLLMModel):
             "started": model_process.how_started(),
             "python": sys.executable,
             "zygote": preload.zygote_pid(),
-            "push": self.push_links.status(),
+            "push": {"off": reason} if (reason := why_off()) is not None else self.push_links.status(),
             "settings": self._settings.model_dump(),
             **death_log.summary(deaths),
         }

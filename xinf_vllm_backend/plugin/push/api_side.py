@@ -16,11 +16,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from ...engine.seams.seam import Seam
-from ...errors import BadLaunchArgumentError
 from ...process import link
 from ...process.link import Inlet, Offer, Receiver
-from ...settings import HostSettings, variable
-from . import KEY, MARK, PULLED_FROM, PUSHED
+from . import KEY, MARK, PULLED_FROM, PUSHED, why_off
 
 logger = logging.getLogger("xinference.vllm_backend")
 
@@ -38,7 +36,9 @@ ITERATOR = Seam(
     members=("destroy", "__anext__", "_gc_destroy"),
 )
 RELEASE = Seam("xinference.api.restful_api", "_release_model_stream", GET_SUPERVISOR.used_for, GET_SUPERVISOR.without)
-SEAMS = (GET_SUPERVISOR, ITERATOR, RELEASE)
+# By which the model process is asked for a link.
+METHODS = Seam("xinference.core.model", "ModelActor.__getattr__", GET_SUPERVISOR.used_for, GET_SUPERVISOR.without)
+SEAMS = (GET_SUPERVISOR, ITERATOR, RELEASE, METHODS)
 
 ASK = 10.0  # seconds for a model to offer a link, and to end a stream
 RETRY = 30.0  # seconds after which a link that could not be made is tried again
@@ -70,10 +70,7 @@ def why_pulled() -> str | None:
     gone = [seam.name for seam in SEAMS if not seam.present()]
     if gone:
         return f"there is no {', '.join(gone)}"
-    try:
-        return None if HostSettings.resolve().push == "on" else f"{variable('push')} is off"
-    except BadLaunchArgumentError as error:
-        return str(error)
+    return why_off()
 
 
 class Supervisor:
