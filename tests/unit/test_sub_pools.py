@@ -71,6 +71,15 @@ def zygotes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Zygotes]:
         process.wait()
 
 
+@pytest.fixture(autouse=True)
+def tracked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The shared memory that is removed when this process ends."""
+    names: list[str] = []
+    monkeypatch.setattr(sub_pools.resource_tracker, "register", lambda name, kind: names.append(name))
+    monkeypatch.setattr(sub_pools.resource_tracker, "unregister", lambda name, kind: names.remove(name))
+    return names
+
+
 async def launch(**arguments: Any) -> Any:
     """A launch by Xinference's worker, which starts one sub-pool on a task of its own."""
 
@@ -124,6 +133,20 @@ class TestWhichAreForked:
     ) -> None:
         monkeypatch.setattr(sub_pools.Seam, "present", lambda seam: False)
         assert (await launch(model_engine="vllm"))[0] == "as ever"
+
+    @pytest.mark.parametrize("engine", ["vllm", "sglang"])
+    async def test_the_shared_memory_of_a_launch_is_removed_if_the_worker_is_killed_before_it_ends(
+        self, zygotes: Zygotes, tracked: list[str], engine: str
+    ) -> None:
+        zygotes.refusal = "it tells what is tracked meanwhile"
+        zygotes.may_answer.clear()
+        launching = asyncio.create_task(launch(model_engine=engine))
+        if engine == "vllm":
+            assert await asyncio.to_thread(zygotes.is_asked.wait, 10)
+            assert tracked == ["/psm_1"]
+        zygotes.may_answer.set()
+        await launching
+        assert tracked == []
 
     async def test_a_launch_that_is_cancelled_meanwhile_leaves_no_process(self, zygotes: Zygotes) -> None:
         zygotes.may_answer.clear()

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import functools
 import inspect
+import itertools
 import logging
 import os
 import signal
@@ -18,6 +19,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
+from multiprocessing import resource_tracker
 from typing import Any
 
 import psutil
@@ -71,7 +73,10 @@ _OF_THE_PYTHON = frozenset(
     }
 )
 
-_is_ours: ContextVar[bool] = ContextVar("whether a model of ours is being launched", default=False)
+SHARED_MEMORY_OPTION = "-sn"  # of the command line of a sub-pool, before the name of its shared memory
+
+# Of a launch of a model of ours: the shared memory by which its sub-pools are started. None of any other.
+_launching: ContextVar[list[str] | None] = ContextVar("shared memory of a launch of ours", default=None)
 _zygotes: HostZygotes | None = None
 _lock = threading.Lock()
 
@@ -189,11 +194,14 @@ def _marking(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable
     async def launched(*args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(original).bind(*args, **kwargs)
         given.apply_defaults()
-        token = _is_ours.set(_of_ours(**given.arguments))
+        shared_memory: list[str] | None = [] if _of_ours(**given.arguments) else None
+        token = _launching.set(shared_memory)
         try:
             return await original(*args, **kwargs)
         finally:
-            _is_ours.reset(token)
+            _launching.reset(token)
+            for name in shared_memory or ():
+                resource_tracker.unregister(name, "shared_memory")
 
     return launched
 
@@ -229,8 +237,10 @@ def _stopping(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitabl
 def _forking(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
     @functools.wraps(original)
     async def created(*command: str, env: Mapping[str, str], **others: Any) -> Any:
-        if not _is_ours.get():
+        shared_memory = _launching.get()
+        if shared_memory is None:
             return await original(*command, env=env, **others)
+        shared_memory.extend(_tracked(command))
         try:
             return HANDLE.owner().spawned(await _forked(command, env))
         except ZygoteUnavailableError as reason:
@@ -238,6 +248,14 @@ def _forking(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable
             return await original(*command, env={**env, model_process.SPAWNED_BECAUSE: str(reason)}, **others)
 
     return created
+
+
+def _tracked(command: Sequence[str]) -> list[str]:
+    """The shared memory of a sub-pool, which is removed from now on if the worker is killed; xoscar leaves it then."""
+    names = [f"/{name}" for option, name in itertools.pairwise(command) if option == SHARED_MEMORY_OPTION]
+    for name in names:
+        resource_tracker.register(name, "shared_memory")
+    return names
 
 
 async def _forked(command: Sequence[str], environment: Mapping[str, str]) -> CommandPopen:
