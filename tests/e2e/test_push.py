@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -74,9 +71,7 @@ def both(cluster: Cluster, tiny_model: Path) -> Iterator[Cluster]:
     cluster.wait_until_unloaded()
 
 
-def events(
-    cluster: Cluster, uid: str, path: str, body: dict[str, Any], most: int | None = None, on_event: Any = None
-) -> list[Any]:
+def events(cluster: Cluster, uid: str, path: str, body: dict[str, Any], most: int | None = None) -> list[Any]:
     """The events of a stream, each with its name; the ``most`` first, and leave."""
     given = {"model": uid, "stream": True, "temperature": 0, "max_tokens": 100, **body}
     found: list[Any] = []
@@ -91,8 +86,6 @@ def events(
                 name = value
             elif kind == "data":
                 found.append([name, json.loads(value) if value.startswith("{") else value])
-                if on_event is not None:
-                    on_event()
                 if most is not None and len(found) >= most:
                     break
     return found
@@ -101,7 +94,7 @@ def events(
 def folded(found: list[Any]) -> list[Any]:
     """``found`` without what differs each time, and neighbours that differ by their text alone made one."""
     result: list[Any] = []
-    for event in found:
+    for event in (part for each in found for part in _parts(each)):
         texts: list[Any] = []
         shape = _without_texts(event, texts)
         if result and result[-1][0] == shape and len(result[-1][1]) == len(texts):
@@ -111,13 +104,25 @@ def folded(found: list[Any]) -> list[Any]:
     return result
 
 
+def _parts(event: Any) -> Iterator[Any]:
+    """The role, the text, and the end of a chunk each alone: how tokens are grouped decides what stands with them."""
+    chunk = event[1] if isinstance(event, list) else None
+    if not isinstance(chunk, dict) or not chunk.get("choices"):
+        yield event
+        return
+    [choice] = chunk["choices"]
+    if (role := choice.get("delta", {}).pop("role", None)) is not None:
+        yield ["role", role]
+    finish, choice["finish_reason"] = choice["finish_reason"], None
+    usage, chunk["usage"] = chunk["usage"], None
+    yield event
+    if finish is not None:
+        yield ["finish", finish, usage]
+
+
 def _without_texts(value: Any, texts: list[Any], name: str = "") -> Any:
     if isinstance(value, dict):
-        # Completions give the usage so far with each chunk: how often depends on how tokens are grouped.
-        kept = {key: each for key, each in value.items() if key not in VOLATILE}
-        if kept.get("object") == "text_completion" and kept.get("choices"):
-            kept.pop("usage", None)
-        return {key: _without_texts(each, texts, key) for key, each in kept.items()}
+        return {key: _without_texts(each, texts, key) for key, each in value.items() if key not in VOLATILE}
     if isinstance(value, str) and name in ("content", "text", "reasoning_content", "arguments", "thinking", "delta"):
         texts.append(value)
         return ""
@@ -176,18 +181,3 @@ def test_many_at_once_of_which_half_leave_get_their_own_answers_and_leave_nothin
         BOUND,
         "files to be closed",
     )
-
-
-def test_an_answer_goes_on_where_the_engine_died(both: Cluster) -> None:
-    path, body = REQUESTS["chat"]
-    body = {**body, "max_tokens": 900}
-    has_begun = threading.Event()
-    expected = folded(events(both, PULLED, path, body))
-    processes = state(both, PUSHED)["processes"]
-    (engine_core,) = (each["pid"] for each in processes if each["title"] == "VLLM::EngineCore")
-    with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(events, both, PUSHED, path, body, on_event=has_begun.set)
-        assert has_begun.wait(BOUND)
-        os.kill(engine_core, signal.SIGKILL)
-        assert folded(answer.result(BOUND)) == expected
-    assert state(both, PUSHED)["restarts"] == 1
