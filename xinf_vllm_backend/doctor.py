@@ -15,6 +15,7 @@ from packaging.specifiers import SpecifierSet
 from .engine import preload
 from .engine.seams import SEAMS, Seam, start, version
 from .plugin import sub_pools
+from .plugin.push import api_side
 from .plugin.xinference_version import SUPPORTED as XINFERENCE
 from .process import tree
 
@@ -53,6 +54,7 @@ def examine() -> list[Finding]:
         *_seams(),
         _model_processes(),
         _late_cancels(),
+        _streams(),
         _start_method(),
         _waiting(),
         _virtualenv(),
@@ -140,6 +142,13 @@ def _model_processes() -> Finding:
     found = f"forked from a host zygote ({running or 'none is running'})" if reason is None else f"spawned: {reason}"
     lost = "" if reason is None or "is off" in reason else f"without it: {sub_pools.SUB_POOL.without}"
     return Finding("model processes", found, True, lost, degraded=bool(lost))
+
+
+def _streams() -> Finding:
+    reason = api_side.why_pulled()
+    found = "pushed to the API by a link" if reason is None else f"pulled item by item: {reason}"
+    lost = "" if reason is None or "is off" in reason else f"without it: {api_side.GET_SUPERVISOR.without}"
+    return Finding("streams", found, True, lost, degraded=bool(lost))
 
 
 def _late_cancels() -> Finding:

@@ -87,7 +87,7 @@ class Settings(BaseModel):
 
 
 class HostSettings(BaseModel):
-    """The options of one worker, checked; environment variables alone give them."""
+    """The options of one worker or API process, checked; environment variables alone give them."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -96,6 +96,9 @@ class HostSettings(BaseModel):
     )
     host_zygotes: int = Field(
         2, ge=0, description="maximum number of further host zygotes, one for each Python of a virtual environment"
+    )
+    push: Literal["on", "off"] = Field(
+        "on", description="whether streams are pushed to the API by a link, and not pulled item by item"
     )
 
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from . import events, kills, recovery, startup
+from . import events, kills, recovery, serving, startup
 
 benchmarks = click.Group(
     "bench",
@@ -12,6 +12,7 @@ benchmarks = click.Group(
         "events": events.main,
         "kills": kills.main,
         "recovery": recovery.main,
+        "serving": serving.main,
         "startup": startup.main,
     },
 )

@@ -95,9 +95,9 @@ def digits(value: float) -> str:
     return f"{value:.{places}f}"
 
 
-def write_page(page: Path, measured: str) -> None:
-    """Put ``measured`` between the two marks of ``page``, which is made if missing."""
-    text = page.read_text() if page.exists() else f"# Start-up\n\n{BEGIN}\n{END}\n"
+def write_page(page: Path, measured: str, title: str = "Start-up") -> None:
+    """Put ``measured`` between the two marks of ``page``, which is made, with that ``title``, if missing."""
+    text = page.read_text() if page.exists() else f"# {title}\n\n{BEGIN}\n{END}\n"
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:

@@ -20,9 +20,11 @@ class VLLMBackendExtension:
 
     def configure_api(self, context: Any) -> None:
         from . import rest_errors, routes
+        from .push import api_side
 
         routes.add(context)
         rest_errors.install(context.app)
+        api_side.install(context.app.state.api)
 
     def worker_metadata(self) -> dict[str, str]:
         """Called in workers alone, when they register with a supervisor."""

@@ -25,6 +25,8 @@ from ..errors import BackendError, BadLaunchArgumentError, EngineStartError, Eng
 from ..settings import Settings, variable
 from . import cluster_link, cpu, death_log, engine_log, launch_arguments, model_process, pickling, request_arguments
 from .cluster_link import ClusterLink
+from .push import why_off
+from .push.model_side import Links
 
 logger = logging.getLogger("xinference.vllm_backend")
 
@@ -55,6 +57,7 @@ class HostedModel(VLLMModel):
         self._stop_requested = False
         self._death: asyncio.Task[str] | None = None
         self._link: ClusterLink | None = None
+        self.push_links = Links()
         launch_arguments.refuse_unsupported(
             self._enable_weight_cache, self._n_worker, self._get_xinference_executor_backend()
         )
@@ -255,6 +258,16 @@ class HostedModel(VLLMModel):
         except Exception:  # the next step must follow
             logger.exception("A step after the death of the engine of %s failed", self.raw_model_uid)
 
+    async def offer_push_link(self) -> dict[str, Any]:
+        """Where an API process can make a link for the streams of this model, as plain data.
+
+        Raises:
+            RuntimeError: it is switched off.
+        """
+        if (reason := why_off()) is not None:
+            raise RuntimeError(f"The model {self.raw_model_uid} pushes no streams: {reason}.")
+        return await self.push_links.offer(self.model_family.address.rpartition(":")[0])
+
     async def engine_status(self) -> dict[str, Any]:
         """State, processes and past deaths of this replica's engine, as plain data."""
         engine = self._engine
@@ -267,6 +280,7 @@ class HostedModel(VLLMModel):
             "started": model_process.how_started(),
             "python": sys.executable,
             "zygote": preload.zygote_pid(),
+            "push": {"off": reason} if (reason := why_off()) is not None else self.push_links.status(),
             "settings": self._settings.model_dump(),
             **death_log.summary(deaths),
         }

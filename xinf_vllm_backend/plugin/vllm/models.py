@@ -9,21 +9,22 @@ from xinference.model.llm.vllm.core import VLLMChatModel, VLLMModel, VLLMMultiMo
 
 from ..check import vllm_check
 from ..host import HostedModel, undecorated
+from ..push.model_side import pushed
 from ..request_arguments import lora_checked
 
 
 class HostedVLLMModel(HostedModel):
-    async_generate = vllm_check(lora_checked(undecorated(VLLMModel.async_generate)))
+    async_generate = pushed(vllm_check(lora_checked(undecorated(VLLMModel.async_generate))))
 
 
 class HostedVLLMChatModel(HostedModel, VLLMChatModel):
-    async_generate = vllm_check(lora_checked(undecorated(VLLMChatModel.async_generate)))
-    async_chat = vllm_check(undecorated(VLLMChatModel.async_chat))
+    async_generate = pushed(vllm_check(lora_checked(undecorated(VLLMChatModel.async_generate))))
+    async_chat = pushed(vllm_check(undecorated(VLLMChatModel.async_chat)))
 
 
 class HostedVLLMMultiModel(HostedModel, VLLMMultiModel):
-    async_generate = vllm_check(lora_checked(undecorated(VLLMMultiModel.async_generate)))
-    async_chat = vllm_check(undecorated(VLLMMultiModel.async_chat))
+    async_generate = pushed(vllm_check(lora_checked(undecorated(VLLMMultiModel.async_generate))))
+    async_chat = pushed(vllm_check(undecorated(VLLMMultiModel.async_chat)))
 
 
 # Chat before base, so that a model that can chat and generate gets the class that can do both.
