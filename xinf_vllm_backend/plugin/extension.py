@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..__version__ import __version__
-from . import sub_pools, xinference_version
+from . import metrics, sub_pools, xinference_version
 from .cluster_link import METRICS
 
 
@@ -49,6 +49,7 @@ def install() -> None:
     xinference_version.warn_if_unsupported()
     _define_metrics()
     sub_pools.install()
+    metrics.install_in_worker()
     if tuple(llm_family.VLLM_CLASSES[: len(CLASSES)]) == CLASSES:
         return
     llm_family.VLLM_CLASSES[:] = CLASSES
@@ -61,8 +62,8 @@ def install() -> None:
 
 def _define_metrics() -> None:
     # Xinference finds a metric by its name in that module; the worker's exporter shows it.
-    from xinference.core import metrics
+    from xinference.core import metrics as xinferences
 
     for name, what in METRICS.items():
-        if not hasattr(metrics, name):
-            setattr(metrics, name, metrics.Counter(f"xinference:{name.removeprefix('xinf_')}_total", what))
+        if not hasattr(xinferences, name):
+            setattr(xinferences, name, xinferences.Counter(f"xinference:{name.removeprefix('xinf_')}_total", what))

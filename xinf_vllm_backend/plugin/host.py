@@ -23,7 +23,17 @@ from ..engine.spec import EngineSpec
 from ..engine.supervisor import EngineSupervisor
 from ..errors import BackendError, BadLaunchArgumentError, EngineStartError, EngineStoppedError
 from ..settings import Settings, variable
-from . import cluster_link, cpu, death_log, engine_log, launch_arguments, model_process, pickling, request_arguments
+from . import (
+    cluster_link,
+    cpu,
+    death_log,
+    engine_log,
+    launch_arguments,
+    metrics,
+    model_process,
+    pickling,
+    request_arguments,
+)
 from .cluster_link import ClusterLink
 from .push import why_off
 from .push.model_side import Links
@@ -101,6 +111,7 @@ class HostedModel(VLLMModel):
         """
         started = time.monotonic()
         self._settings = Settings.resolve(self._options)
+        metrics.install_in_model_process()
         if self._loop is not None:
             self._link = ClusterLink(self.model_family.address, self.raw_model_uid)
         self._show(Phase.ENVIRONMENT)
