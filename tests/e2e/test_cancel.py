@@ -61,4 +61,5 @@ def test_a_cancel_that_comes_when_the_model_serves_leaves_nothing_either(cluster
     assert cluster.launch("tiny", "--model-uid", "too-late").returncode == 0
     cluster.client().cancel_launch_model("too-late")
     cluster.wait_until_unloaded()
-    assert "too-late" not in cluster.client().list_models()
+    # Xinference keeps the answer to who asked a moment before.
+    wait_until(lambda: "too-late" not in cluster.client().list_models(), GONE, "the model to be no more listed")
