@@ -140,15 +140,20 @@ def _model_processes() -> Finding:
     reason = sub_pools.why_spawned()
     running = ", ".join(f"pid {process.pid}" for process in sub_pools.running_host_zygotes())
     found = f"forked from a host zygote ({running or 'none is running'})" if reason is None else f"spawned: {reason}"
-    lost = "" if reason is None or "is off" in reason else f"without it: {sub_pools.SUB_POOL.without}"
+    lost = _lost(reason, sub_pools.SUB_POOL)
     return Finding("model processes", found, True, lost, degraded=bool(lost))
 
 
 def _streams() -> Finding:
     reason = api_side.why_pulled()
     found = "pushed to the API by a link" if reason is None else f"pulled item by item: {reason}"
-    lost = "" if reason is None or "is off" in reason else f"without it: {api_side.GET_SUPERVISOR.without}"
+    lost = _lost(reason, api_side.GET_SUPERVISOR)
     return Finding("streams", found, True, lost, degraded=bool(lost))
+
+
+def _lost(reason: str | None, seam: Seam) -> str:
+    """What is lost for ``reason``; nothing where there is none, or where it was switched off."""
+    return "" if reason is None or "is off" in reason else f"without it: {seam.without}"
 
 
 def _late_cancels() -> Finding:

