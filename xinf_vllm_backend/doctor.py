@@ -15,7 +15,7 @@ from packaging.specifiers import SpecifierSet
 from .engine import preload
 from .engine.seams import SEAMS, Seam, start, version
 from .plugin import sub_pools
-from .plugin.push import api_side
+from .plugin.push import api_side, model_side
 from .plugin.xinference_version import SUPPORTED as XINFERENCE
 from .process import tree
 
@@ -145,7 +145,7 @@ def _model_processes() -> Finding:
 
 
 def _streams() -> Finding:
-    reason = api_side.why_pulled()
+    reason = api_side.why_pulled() or model_side.why_pulled()
     found = "pushed to the API by a link" if reason is None else f"pulled item by item: {reason}"
     lost = _lost(reason, api_side.GET_SUPERVISOR)
     return Finding("streams", found, True, lost, degraded=bool(lost))

@@ -21,14 +21,14 @@ from xinf_vllm_backend.engine.seams import (
     version,
 )
 from xinf_vllm_backend.plugin import metrics, sub_pools
-from xinf_vllm_backend.plugin.push import api_side
+from xinf_vllm_backend.plugin.push import api_side, model_side
 from xinf_vllm_backend.process.context import EngineContext
 
 pytestmark = pytest.mark.engine
 
 
 @pytest.mark.parametrize(
-    "seam", (*SEAMS, *sub_pools.SEAMS, *api_side.SEAMS, *metrics.SEAMS), ids=lambda seam: seam.name
+    "seam", (*SEAMS, *sub_pools.SEAMS, *api_side.SEAMS, *model_side.SEAMS, *metrics.SEAMS), ids=lambda seam: seam.name
 )
 def test_what_is_installed_has_the_seam(seam: Seam) -> None:
     assert seam.present()

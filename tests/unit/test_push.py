@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import random
 from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from xinf_vllm_backend.plugin.push import KEY, api_side, model_side
+from xinf_vllm_backend.plugin import push
+from xinf_vllm_backend.plugin.push import api_side, model_side
 from xinf_vllm_backend.plugin.push.api_side import Stream
-from xinf_vllm_backend.plugin.push.model_side import Links, pushed
+from xinf_vllm_backend.plugin.push.model_side import pushed
 from xinf_vllm_backend.process import link
 from xinf_vllm_backend.process.link import Offer, Receiver
 
@@ -48,40 +49,32 @@ async def _links_are_closed(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[No
 
 
 class Iterator:
-    """In place of xoscar's, for an actor call: asks for one item after the other, as the model actor writes them."""
+    """In place of xoscar's, which names an iterator of an actor."""
 
-    def __init__(self, items: AsyncIterator[Any]) -> None:
-        self.items = items
-        self.seen: list[bytes] = []
-        self.is_destroyed = False
+    def __init__(self, uid: str) -> None:
+        self._uid = uid
+        self._gc_destroy = True
 
-    def __aiter__(self) -> Iterator:
-        return self
 
-    async def __anext__(self) -> bytes:
-        item = event(await anext(self.items))
-        self.seen.append(item)
-        return item
-
-    async def destroy(self) -> None:
-        self.is_destroyed = True
-        await self.items.aclose()  # type: ignore[attr-defined]
+@pytest.fixture(autouse=True)
+def _iterators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_side.Seam, "owner", lambda seam: SimpleNamespace(IteratorWrapper=Iterator))
 
 
 class Model:
     """A model whose chat streams ``chunks``; ``before`` is called with the number of each."""
 
-    uid = b"model-0"
-
     def __init__(self, chunks: list[Any], before: Callable[[int], Any] = lambda number: None) -> None:
         self.chunks = chunks
         self.before = before
-        self.push_links = Links()
         self.closed = 0
 
     @pushed
-    async def async_chat(self, messages: Any, generate_config: Any = None) -> AsyncIterator[Any]:
-        assert KEY not in generate_config
+    async def async_chat(self, messages: Any, generate_config: Any = None) -> Any:
+        return await self.async_generate(messages, generate_config) if generate_config["stream"] else {"id": 1}
+
+    @pushed
+    async def async_generate(self, prompt: Any, generate_config: Any = None) -> AsyncIterator[Any]:
         return self._stream()
 
     async def _stream(self) -> AsyncIterator[Any]:
@@ -96,33 +89,78 @@ class Model:
             self.closed += 1
 
 
-@pytest.fixture
-def released(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The models of whose slots one was released."""
-    found: list[Any] = []
+class Actor:
+    """In place of Xinference's model actor, and a reference to it: admits requests, and returns iterators."""
 
-    class Api:
-        @staticmethod
-        async def _release_model_stream(model: Any, iterator: Any) -> None:
-            found.append(model)
+    address, uid = "127.0.0.1:1", b"model-0"
 
-    monkeypatch.setattr(api_side.Seam, "owner", lambda seam: Api)
-    return found
+    def __init__(self, model: Model, is_vllm: bool = True, offers: bool = True) -> None:
+        self.model = model
+        self.push_links = model_side.Links()
+        self.is_vllm = is_vllm
+        self.offers = offers
+        self.asked: list[str] = []
+        self.serving = 0
+        self.read: list[Any] = []  # items that it wrote for the API
+        self.iterators: dict[str, Any] = {}
+
+    async def is_vllm_backend(self) -> bool:
+        self.asked.append("is_vllm_backend")
+        return self.is_vllm
+
+    async def offer_push_link(self) -> Any:
+        self.asked.append("offer_push_link")
+        if not self.offers:
+            raise RuntimeError("it is off")
+        return await self.push_links.offer("127.0.0.1")
+
+    async def chat(self, messages: Any, generate_config: Any, **kwargs: Any) -> Any:
+        self.asked.append("chat")
+        if messages == "too many":
+            raise RuntimeError("Rate limit reached")
+        result = await self.model.async_chat(messages, generate_config)
+        if not hasattr(result, "__aiter__"):
+            return result
+        self.serving += 1
+        self.iterators[str(self.serving)] = result
+        return Iterator(str(self.serving))
+
+    async def __xoscar_next__(self, uid: str) -> Any:
+        try:
+            self.read.append(await anext(self.iterators[uid]))
+        except StopAsyncIteration:
+            raise Exception("StopIteration") from None
+
+    async def __xoscar_destroy_generator__(self, uid: str) -> None:
+        await self.iterators.pop(uid).aclose()
+
+    async def decrease_serve_count(self) -> None:
+        self.serving -= 1
+
+    async def push_stream(self, *args: Any) -> Any:
+        self.asked.append("push_stream")
+        return await model_side._push(self, *args)
+
+    async def push_stream_again(self, *args: Any) -> Any:
+        self.asked.append("push_stream_again")
+        return await model_side._push_again(self, *args)
+
+    def cut(self, end: str = "sender") -> None:
+        for sender in list(self.push_links._links.values()):
+            sender.close("cut")
+
+    def forget(self, iterator: Iterator) -> None:
+        del self.iterators[iterator._uid]
+        self.serving -= 1
+
+    def is_clear(self) -> bool:
+        return not (self.serving or self.iterators or self.push_links.status()["streams"])
 
 
-async def linked(model: Model) -> tuple[str, Receiver]:
-    offered = await model.push_links.offer("127.0.0.1")
-    name = offered.pop("id")
-    receiver = await link.accept(Offer(**offered))
-    while model.push_links.open(name, 0) is None:
-        await asyncio.sleep(0)
-    return name, receiver
-
-
-async def stream_of(model: Model, name: str, receiver: Receiver) -> Stream:
-    inlet = receiver.open()
-    items = await model.async_chat([], {"stream": True, KEY: (name, inlet.key)})
-    return Stream(Iterator(items), inlet, model)
+async def ask(actor: Actor, links: api_side.Links, stream: bool = True, messages: Any = ()) -> Any:
+    model = api_side.Model(actor, links)
+    await model.is_vllm_backend()
+    return await asyncio.wait_for(model.chat(messages, {"stream": stream}, request_id="1"), TIMEOUT)
 
 
 async def read(stream: Stream) -> bytes:
@@ -132,117 +170,168 @@ async def read(stream: Stream) -> bytes:
             found += item
     finally:
         await stream.aclose()
-        for releasing in list(api_side._releasing):
-            await releasing
+        for call in list(api_side._ending):
+            await asyncio.wait([call])
     return found
+
+
+async def answer(actor: Actor, links: api_side.Links | None = None) -> bytes:
+    return await asyncio.wait_for(read(await ask(actor, links or api_side.Links())), TIMEOUT)
 
 
 CHUNKS = [*map(chunk, range(20)), chunk(20, usage=USAGE)]
 WHOLE = b"".join(map(event, CHUNKS))
 
 
-async def test_it_is_the_whole_stream_in_two_items_of_the_actor_call(released: list[Any]) -> None:
-    model = Model(CHUNKS)
-    stream = await stream_of(model, *await linked(model))
-    assert await asyncio.wait_for(read(stream), TIMEOUT) == WHOLE
-    first, end = stream._iterator.seen
-    assert first == event(CHUNKS[0])
-    assert json.loads(end.removeprefix(b"data: "))["usage"] == USAGE, "what the model actor counts"
-    assert (model.closed, released) == (1, [model])
-    assert model.push_links.status() == {"links": 1, "streams": 1}  # that of linked()
+async def test_it_is_the_whole_stream_by_one_actor_call() -> None:
+    actor = Actor(Model(CHUNKS))
+    assert await answer(actor) == WHOLE
+    assert actor.asked == ["is_vllm_backend", "offer_push_link", "push_stream", "chat"]
+    assert actor.read == [{}, {"usage": USAGE}], "what the model actor counts"
+    assert actor.model.closed == 1
+    assert actor.is_clear()
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
-async def test_a_short_stream(count: int, released: list[Any]) -> None:
-    model = Model(CHUNKS[:count])
-    stream = await stream_of(model, *await linked(model))
-    assert await asyncio.wait_for(read(stream), TIMEOUT) == b"".join(map(event, CHUNKS[:count]))
-    assert (model.closed, released) == (1, [model])
+async def test_a_short_stream(count: int) -> None:
+    actor = Actor(Model(CHUNKS[:count]))
+    assert await answer(actor) == b"".join(map(event, CHUNKS[:count]))
+    assert len(actor.read) == min(2, 2 * count)
+    assert actor.is_clear()
+
+
+async def test_the_slot_is_free_when_the_end_is_read() -> None:
+    actor = Actor(Model(CHUNKS))
+    stream = await ask(actor, api_side.Links())
+    async for _ in stream:
+        pass
+    assert actor.serving == 0
+    await stream.aclose()
+
+
+def ends(actor: Actor, links: api_side.Links) -> dict[str, Any]:
+    (sender,) = actor.push_links._links.values()
+    (peer,) = links._peers.values()
+    return {"sender": sender, "receiver": peer.link}
 
 
 @pytest.mark.parametrize("end", ["sender", "receiver"])
 @pytest.mark.parametrize("at", range(len(CHUNKS)))
-async def test_a_link_that_is_lost_costs_nothing(at: int, end: str, released: list[Any]) -> None:
+async def test_a_link_that_is_lost_costs_nothing(at: int, end: str) -> None:
     def cut(number: int) -> None:
         if number == at:
-            ends[end].close("cut")
+            ends(actor, links)[end].close("cut")
 
-    model = Model(CHUNKS, cut)
-    name, receiver = await linked(model)
-    ends: dict[str, Any] = {"receiver": receiver, "sender": model.push_links._links[name]}
-    stream = await stream_of(model, name, receiver)
-    assert await asyncio.wait_for(read(stream), TIMEOUT) == WHOLE
-    assert (model.closed, released) == (1, [model])
+    actor, links = Actor(Model(CHUNKS, cut)), api_side.Links()
+    assert await answer(actor, links) == WHOLE
+    assert actor.asked.count("push_stream") == 1
+    assert actor.model.closed == 1
+    assert actor.is_clear()
 
 
-async def test_links_that_are_lost_at_random_moments_cost_nothing(released: list[Any]) -> None:
+async def test_links_that_are_lost_at_random_moments_cost_nothing() -> None:
     rng = random.Random(5)
+    actor, links = Actor(Model(CHUNKS)), api_side.Links()
     for _ in range(200):
-        model = Model(CHUNKS)
-        name, receiver = await linked(model)
-        stream = await stream_of(model, name, receiver)
-        victim = rng.choice([receiver, model.push_links._links[name]])
+        stream = await ask(actor, links)
+        if isinstance(stream, Iterator):  # the link was lost before: it is pulled
+            actor.forget(stream)
+            continue
+        (peer,) = links._peers.values()
+        victim = rng.choice([peer.link, *actor.push_links._links.values()])
         asyncio.get_running_loop().call_later(rng.random() * 0.004, victim.close, "cut")
         assert await asyncio.wait_for(read(stream), TIMEOUT) == WHOLE
+    assert actor.asked.count("push_stream_again") > 0
+    assert actor.is_clear()
 
 
-async def test_a_link_that_was_lost_before_costs_nothing(released: list[Any]) -> None:
-    model = Model(CHUNKS)
-    name, receiver = await linked(model)
-    inlet = receiver.open()
-    model.push_links._links[name].close("cut")
-    items = await model.async_chat([], {"stream": True, KEY: (name, inlet.key)})
-    assert await asyncio.wait_for(read(Stream(Iterator(items), inlet, model)), TIMEOUT) == WHOLE
+async def test_a_link_that_is_lost_again_and_again_costs_nothing() -> None:
+    def cut(number: int) -> None:
+        if number % 3 == 0:
+            actor.cut()
+
+    actor = Actor(Model(CHUNKS, cut))
+    assert await answer(actor) == WHOLE
+    assert actor.asked.count("push_stream_again") >= 3
+    assert actor.is_clear()
+
+
+async def test_a_link_that_nobody_makes_again_ends_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(number: int) -> None:
+        if number == 3:
+            actor.offers = False
+            actor.cut()
+
+    for module in (api_side, model_side):
+        monkeypatch.setattr(module, "RELINK", 0.1)
+    actor = Actor(Model(CHUNKS * 9, cut))
+    with pytest.raises((link.LinkLostError, RuntimeError)):
+        await answer(actor)
+    while not actor.is_clear():
+        await asyncio.sleep(0.01)
+    assert actor.model.closed == 1
 
 
 @pytest.mark.parametrize("at", range(4))
-async def test_an_error_comes_behind_all_that_came_before_it(at: int, released: list[Any]) -> None:
-    chunks = [*CHUNKS[:at], ValueError("too bad")]
-    model = Model(chunks)
-    stream = await stream_of(model, *await linked(model))
+async def test_an_error_comes_behind_all_that_came_before_it(at: int) -> None:
+    actor = Actor(Model([*CHUNKS[:at], ValueError("too bad")]))
+    stream = await ask(actor, api_side.Links())
     found = b""
     with pytest.raises(ValueError, match="too bad"):
         async for item in stream:
             found += item
     await stream.aclose()
     assert found == b"".join(map(event, CHUNKS[:at]))
-    assert (model.closed, released) == (1, [model])
+    assert actor.model.closed == 1
+    assert actor.is_clear()
+
+
+async def test_a_request_that_is_refused_raises_before_there_is_a_stream() -> None:
+    actor = Actor(Model(CHUNKS))
+    with pytest.raises(RuntimeError, match="Rate limit"):
+        await ask(actor, api_side.Links(), messages="too many")
+    assert actor.is_clear()
 
 
 @pytest.mark.parametrize("after", [0, 1, 2, 7])
-async def test_a_reader_that_leaves_ends_the_stream(after: int, released: list[Any]) -> None:
-    model = Model([*CHUNKS * 1000])
-    name, receiver = await linked(model)
-    stream = await stream_of(model, name, receiver)
+async def test_a_reader_that_leaves_ends_the_stream(after: int) -> None:
+    actor, links = Actor(Model([*CHUNKS * 1000])), api_side.Links()
+    stream = await ask(actor, links)
     for _ in range(after):
         await asyncio.wait_for(anext(stream), TIMEOUT)
     await stream.aclose()
     await stream.aclose()  # idempotent
-    assert released == [model]
-    assert model.closed == (1 if after else 0)  # what has not begun needs no end
-    assert receiver._streams == {}
-    while model.push_links.status()["streams"] > 1:
-        await asyncio.sleep(0)
+    assert actor.is_clear()
+    assert actor.model.closed <= 1  # what has not begun needs no end
+    assert ends(actor, links)["receiver"]._streams == {}
 
 
-async def test_a_reader_that_is_slow_slows_its_own_stream_alone(released: list[Any]) -> None:
+async def test_a_reader_that_leaves_while_the_request_waits_ends_it() -> None:
+    actor = Actor(Model(CHUNKS))
+    admitted = asyncio.Event()
+
+    async def chat(*args: Any, **kwargs: Any) -> Any:
+        admitted.set()
+        await asyncio.Event().wait()
+
+    actor.chat = chat  # type: ignore[method-assign]
+    asking = asyncio.ensure_future(ask(actor, api_side.Links()))
+    await asyncio.wait_for(admitted.wait(), TIMEOUT)
+    asking.cancel()
+    await asyncio.wait([asking])
+    assert asking.cancelled()
+    assert actor.is_clear()
+
+
+async def test_a_reader_that_is_slow_slows_its_own_stream_alone() -> None:
     big = [chunk(number, filler="x" * 10_000) for number in range(100)]
-    slow, fast = Model(big), Model(CHUNKS * 20)
-    fast.push_links = slow.push_links  # one process
-    name, receiver = await linked(slow)
-    stream = await stream_of(slow, name, receiver)
+    actor, links = Actor(Model(big)), api_side.Links()
+    stream = await ask(actor, links)
     found = await anext(stream)
-    assert await read(await stream_of(fast, name, receiver)) == WHOLE * 20
+    actor.model = Model(CHUNKS * 20)
+    assert await answer(actor, links) == WHOLE * 20
     assert link.HIGH < stream._inlet._size < 2 * link.HIGH
-    async for item in stream:
-        found += item
-    assert found == b"".join(map(event, big))
-
-
-async def test_a_model_without_the_package_is_read_as_ever(released: list[Any]) -> None:
-    _, receiver = await linked(Model([]))
-    plain = Model(CHUNKS)
-    assert await read(Stream(Iterator(plain._stream()), receiver.open(), plain)) == WHOLE
+    assert found + await read(stream) == b"".join(map(event, big))
 
 
 def test_an_event_is_what_xinference_writes() -> None:
@@ -251,102 +340,120 @@ def test_an_event_is_what_xinference_writes() -> None:
     assert event(text) == sse.ensure_bytes({"data": json.dumps(text, ensure_ascii=False)}, None)
 
 
-class Ref:
-    """A reference to a model actor."""
+async def test_what_does_not_stream_and_other_engines_are_asked_as_ever() -> None:
+    actor, other, links = Actor(Model(CHUNKS)), Actor(Model(CHUNKS), is_vllm=False), api_side.Links()
+    assert await ask(actor, links, stream=False) == {"id": 1}
+    assert isinstance(await ask(other, api_side.Links()), Iterator)
+    assert "offer_push_link" not in actor.asked + other.asked
 
-    address, uid = "127.0.0.1:1", b"model-0"
 
-    def __init__(self, model: Model, is_vllm: bool = True) -> None:
-        self.model = model
-        self.is_vllm = is_vllm
+async def test_a_model_that_offers_no_link_is_asked_as_ever_and_seldom(caplog: pytest.LogCaptureFixture) -> None:
+    actor, links = Actor(Model(CHUNKS), offers=False), api_side.Links()
+    for _ in range(3):
+        assert isinstance(await ask(actor, links), Iterator)
+    assert actor.asked.count("offer_push_link") == 1
+    assert [record.message for record in caplog.records if "it is off" in record.message]
+
+
+async def test_a_request_whose_link_is_lost_on_the_way_is_asked_as_ever() -> None:
+    class Slow(Actor):
+        async def push_stream(self, *args: Any) -> Any:
+            self.cut()
+            return await super().push_stream(*args)
+
+    actor = Slow(Model(CHUNKS))
+    assert isinstance(await ask(actor, api_side.Links()), Iterator)
+    assert actor.asked.count("chat") == 1
+
+
+async def test_many_at_once_share_one_link() -> None:
+    actor, links = Actor(Model(CHUNKS)), api_side.Links()
+    assert await asyncio.gather(*(answer(actor, links) for _ in range(20))) == [WHOLE] * 20
+    assert actor.asked.count("offer_push_link") == 1
+    assert actor.push_links.status() == {"links": 1, "streams": 0}
+
+
+async def test_a_link_that_was_lost_before_is_made_again() -> None:
+    actor, links = Actor(Model(CHUNKS)), api_side.Links()
+    assert await answer(actor, links) == WHOLE
+    ends(actor, links)["receiver"].close("cut")
+    assert await answer(actor, links) == WHOLE
+    assert actor.asked.count("offer_push_link") == 2
+    assert len(links._peers) == 1
+
+
+def test_the_settings_of_both_sides_have_one_home() -> None:
+    assert {push.PUSH, push.AGAIN} <= {name for name in dir(Actor) if not name.startswith("_")}
+
+
+class Cluster:
+    """In place of the supervisor's reference."""
+
+    def __init__(self, actor: Actor, replica: int = 1, router: Any = None) -> None:
+        self.actor = actor
+        self.replica = replica
+        self.router = router
         self.asked: list[str] = []
-        self.configs: list[Any] = []
 
-    async def is_vllm_backend(self) -> bool:
-        self.asked.append("is_vllm_backend")
-        return self.is_vllm
+    async def get_model(self, model_uid: str) -> Any:
+        self.asked.append("get_model")
+        return self.actor
 
-    async def offer_push_link(self) -> Any:
-        self.asked.append("offer_push_link")
-        if self.model is None:
-            raise RuntimeError("it is off")
-        return await self.model.push_links.offer("127.0.0.1")
+    async def describe_model(self, model_uid: str) -> dict[str, Any]:
+        self.asked.append("describe_model")
+        return {"replica": self.replica}
 
-    async def chat(self, messages: Any, generate_config: Any, **kwargs: Any) -> Any:
-        self.configs.append(generate_config)
-        return "a result"
+    async def resolve_token_router_runtime(self, model_uid: str) -> Any:
+        self.asked.append("resolve_token_router_runtime")
+        return self.router
 
-    generate = chat
+    async def terminate_model(self, model_uid: str) -> None:
+        self.asked.append("terminate_model")
 
-
-@pytest.fixture
-def iterators(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Xoscar:
-        IteratorWrapper = Iterator
-
-    monkeypatch.setattr(api_side.Seam, "owner", lambda seam: Xoscar)
-
-
-@pytest.mark.usefixtures("iterators")
-class TestModel:
-    async def ask(self, ref: Ref, links: api_side.Links, **config: Any) -> Any:
-        model = api_side.Model(ref, links)
-        await model.is_vllm_backend()
-        await model.chat([], config, request_id="1")
-        return ref.configs[-1]
-
-    async def test_a_stream_names_link_and_key(self) -> None:
-        ref, links = Ref(Model([])), api_side.Links()
-        config = await self.ask(ref, links, stream=True)
-        name, key = config[KEY]
-        assert (await self.ask(ref, links, stream=True))[KEY] == (name, key + 1)
-        assert ref.asked == ["is_vllm_backend", "offer_push_link"], "once for each link"
-
-    async def test_what_does_not_stream_and_other_engines_are_asked_as_ever(self) -> None:
-        ref, other = Ref(Model([])), Ref(Model([]), is_vllm=False)
-        links = api_side.Links()
-        assert await self.ask(ref, links, stream=False) == {"stream": False}
-        assert await self.ask(other, api_side.Links(), stream=True) == {"stream": True}
-        assert "offer_push_link" not in ref.asked + other.asked
-
-    async def test_a_model_that_offers_none_is_asked_as_ever_and_seldom(self, caplog: pytest.LogCaptureFixture) -> None:
-        ref, links = Ref(None), api_side.Links()  # type: ignore[arg-type]
-        for _ in range(3):
-            assert await self.ask(ref, links, stream=True) == {"stream": True}
-        assert ref.asked.count("offer_push_link") == 1
-        assert [record.message for record in caplog.records if "it is off" in record.message]
-
-    async def test_many_at_once_make_one_link(self) -> None:
-        ref, links = Ref(Model([])), api_side.Links()
-        configs = await asyncio.gather(*(self.ask(ref, links, stream=True) for _ in range(20)))
-        assert len({name for name, _ in (config[KEY] for config in configs)}) == 1
-        assert len({key for _, key in (config[KEY] for config in configs)}) == 20
-
-    async def test_a_link_that_was_lost_is_made_again(self) -> None:
-        ref, links = Ref(Model([])), api_side.Links()
-        first = (await self.ask(ref, links, stream=True))[KEY][0]
-        for sender in list(ref.model.push_links._links.values()):
-            sender.close("cut")
-        with contextlib.suppress(asyncio.TimeoutError):
-            while (await self.ask(ref, links, stream=True)).get(KEY, (first, 0))[0] == first:
-                await asyncio.sleep(0)
-        assert ref.asked.count("offer_push_link") == 2
-        assert len(links._peers) == 1
+    async def list_models(self) -> None:
+        self.asked.append("list_models")
 
 
 class TestSupervisor:
-    async def test_a_description_is_kept_for_a_moment_and_dropped_by_what_changes_it(self) -> None:
-        class Actor:
-            asked = 0
+    async def request(self, supervisor: api_side.Supervisor) -> None:
+        """What the API asks for each chat."""
+        await supervisor.resolve_token_router_runtime("a")
+        model = await supervisor.get_model("a")
+        await model.is_vllm_backend()
+        await supervisor.describe_model("a")
+        assert await read(await model.chat([], {"stream": True})) == WHOLE
 
-            async def describe_model(self, model_uid: str) -> str:
-                self.asked += 1
-                return f"{model_uid} {self.asked}"
+    async def asked(self, cluster: Cluster, requests: int, between: Callable[[Any], Any] = lambda _: None) -> list[str]:
+        """What the supervisor is asked for the last of some requests."""
+        supervisor = api_side.Supervisor(cluster, api_side.Links(), api_side.Answers())
+        for _ in range(requests):
+            await self.request(supervisor)
+        cluster.asked.clear()
+        if (changing := between(supervisor)) is not None:
+            await changing
+        await self.request(supervisor)
+        return cluster.asked
 
-            async def terminate_model(self, model_uid: str) -> None:
-                pass
+    async def test_the_third_request_asks_the_supervisor_nothing(self) -> None:
+        assert await self.asked(Cluster(Actor(Model(CHUNKS))), 2) == []
 
-        supervisor = api_side.Supervisor(Actor(), api_side.Links(), {})
-        assert [await supervisor.describe_model("a") for _ in range(2)] == ["a 1", "a 1"]
-        await supervisor.terminate_model("b")
-        assert await supervisor.describe_model("a") == "a 2"
+    async def test_a_change_of_the_models_drops_what_is_kept(self) -> None:
+        every = ["terminate_model", "resolve_token_router_runtime", "get_model", "describe_model"]
+        cluster = Cluster(Actor(Model(CHUNKS)))
+        assert await self.asked(cluster, 2, lambda supervisor: supervisor.terminate_model("b")) == every
+        assert await self.asked(cluster, 2, lambda supervisor: supervisor.list_models()) == ["list_models"]
+
+    async def test_the_end_of_a_model_process_drops_its_reference(self) -> None:
+        cluster = Cluster(Actor(Model(CHUNKS)))
+
+        def end(supervisor: api_side.Supervisor) -> None:
+            ends(cluster.actor, supervisor._links)["receiver"].close("cut")
+
+        assert await self.asked(cluster, 2, end) == ["get_model"]
+
+    async def test_of_several_replicas_the_supervisor_chooses(self) -> None:
+        assert await self.asked(Cluster(Actor(Model(CHUNKS)), replica=2), 2) == ["get_model"]
+
+    async def test_a_token_router_is_asked_each_time(self) -> None:
+        cluster = Cluster(Actor(Model(CHUNKS)), router={"available": True})
+        assert await self.asked(cluster, 2) == ["resolve_token_router_runtime"]

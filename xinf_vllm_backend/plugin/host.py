@@ -35,8 +35,7 @@ from . import (
     request_arguments,
 )
 from .cluster_link import ClusterLink
-from .push import why_off
-from .push.model_side import Links
+from .push import model_side
 
 logger = logging.getLogger("xinference.vllm_backend")
 
@@ -67,7 +66,7 @@ class HostedModel(VLLMModel):
         self._stop_requested = False
         self._death: asyncio.Task[str] | None = None
         self._link: ClusterLink | None = None
-        self.push_links = Links()
+        self.push_links = model_side.Links()
         launch_arguments.refuse_unsupported(
             self._enable_weight_cache, self._n_worker, self._get_xinference_executor_backend()
         )
@@ -112,6 +111,7 @@ class HostedModel(VLLMModel):
         started = time.monotonic()
         self._settings = Settings.resolve(self._options)
         metrics.install_in_model_process()
+        model_side.install_in_model_process()
         if self._loop is not None:
             self._link = ClusterLink(self.model_family.address, self.raw_model_uid)
         self._show(Phase.ENVIRONMENT)
@@ -273,9 +273,9 @@ class HostedModel(VLLMModel):
         """Where an API process can make a link for the streams of this model, as plain data.
 
         Raises:
-            RuntimeError: it is switched off.
+            RuntimeError: it is switched off, or cannot be.
         """
-        if (reason := why_off()) is not None:
+        if (reason := model_side.why_pulled()) is not None:
             raise RuntimeError(f"The model {self.raw_model_uid} pushes no streams: {reason}.")
         return await self.push_links.offer(self.model_family.address.rpartition(":")[0])
 
@@ -291,7 +291,7 @@ class HostedModel(VLLMModel):
             "started": model_process.how_started(),
             "python": sys.executable,
             "zygote": preload.zygote_pid(),
-            "push": {"off": reason} if (reason := why_off()) is not None else self.push_links.status(),
+            "push": {"off": reason} if (reason := model_side.why_pulled()) is not None else self.push_links.status(),
             "settings": self._settings.model_dump(),
             **death_log.summary(deaths),
         }

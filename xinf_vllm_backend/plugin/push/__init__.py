@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from ...errors import BadLaunchArgumentError
+from ...process.link import LinkLostError
 from ...settings import HostSettings, variable
 
-# In a request's generate_config: the id of the link, and the key of the stream.
-KEY = "_xinf_vllm_push"
-# The only key, or the first, of an item that is not for clients.
-MARK = "_xinf_vllm"
-# All items are on the link, and "usage" is that of the last.
-PUSHED = "pushed"
-# The link is lost; the items that follow begin with the one of this number (from 1; 0 is the first item).
-PULLED_FROM = "from"
+# Methods of the model actor, which this package adds: a call that lasts as long as a stream, and one by which such a
+# stream goes on by another link.
+PUSH = "push_stream"
+AGAIN = "push_stream_again"
+RELINK = 60.0  # seconds that a stream whose link is lost waits for another
+
+
+class NotBegunError(LinkLostError):
+    """The link was lost before the request was looked at; takes one sentence."""
 
 
 def why_off() -> str | None:

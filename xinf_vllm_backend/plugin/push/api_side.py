@@ -9,16 +9,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import json
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 from ...engine.seams.seam import Seam
 from ...process import link
-from ...process.link import Inlet, Offer, Receiver
-from . import KEY, MARK, PULLED_FROM, PUSHED, why_off
+from ...process.link import Inlet, LinkLostError, Offer, Receiver
+from . import AGAIN, PUSH, RELINK, NotBegunError, why_off
 
 logger = logging.getLogger("xinference.vllm_backend")
 
@@ -28,24 +27,15 @@ GET_SUPERVISOR = Seam(
     "pushing streams to the API",
     "the API pulls each item by an actor call",
 )
-ITERATOR = Seam(
-    "xoscar.api",
-    "IteratorWrapper",
-    GET_SUPERVISOR.used_for,
-    GET_SUPERVISOR.without,
-    members=("destroy", "__anext__", "_gc_destroy"),
-)
-RELEASE = Seam("xinference.api.restful_api", "_release_model_stream", GET_SUPERVISOR.used_for, GET_SUPERVISOR.without)
 # By which the model process is asked for a link.
 METHODS = Seam("xinference.core.model", "ModelActor.__getattr__", GET_SUPERVISOR.used_for, GET_SUPERVISOR.without)
-SEAMS = (GET_SUPERVISOR, ITERATOR, RELEASE, METHODS)
+SEAMS = (GET_SUPERVISOR, METHODS)
 
 ASK = 10.0  # seconds for a model to offer a link, and to end a stream
 RETRY = 30.0  # seconds after which a link that could not be made is tried again
-DESCRIBED = 1.0  # seconds that the description of a model is kept
-_MARKED = b'data: {"' + MARK.encode() + b'"'
-# Calls of the supervisor that may change what it says of a model begin with one of these.
-_CHANGING = ("launch", "terminate", "cancel", "reload", "update", "add", "remove", "scale")
+KNOWN = 1.0  # seconds that an answer of the supervisor is kept
+# Calls of the supervisor that change nothing of what is kept begin with one of these.
+_ASKING = ("get_", "list_", "describe_", "is_", "resolve_", "report_", "query_")
 
 
 def install(api: Any) -> None:
@@ -55,12 +45,11 @@ def install(api: Any) -> None:
         logger.warning("Streams are pulled item by item, not pushed: %s", reason)
         return
     original = api._get_supervisor_ref
-    links = Links()
-    described: dict[str, tuple[float, Any]] = {}
+    links, answers = Links(), Answers()
 
     @functools.wraps(original)
     async def get_supervisor_ref() -> Any:
-        return Supervisor(await original(), links, described)
+        return Supervisor(await original(), links, answers)
 
     api._get_supervisor_ref = get_supervisor_ref
 
@@ -73,28 +62,69 @@ def why_pulled() -> str | None:
     return why_off()
 
 
+class Answers:
+    """What the supervisor answered, kept for a moment."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, str], tuple[float, Any]] = {}
+
+    def clear(self) -> None:
+        self._kept.clear()
+
+    def get(self, method: str, model_uid: str) -> Any:
+        """None if it is not kept."""
+        until, answer = self._kept.get((method, model_uid), (0.0, None))
+        return answer if time.monotonic() < until else None
+
+    def keep(self, method: str, model_uid: str, answer: Any) -> None:
+        now = time.monotonic()
+        self._kept = {asked: kept for asked, kept in self._kept.items() if now < kept[0]}
+        self._kept[method, model_uid] = now + KNOWN, answer
+
+
 class Supervisor:
     """The reference of Xinference's supervisor, whose models push."""
 
-    def __init__(self, ref: Any, links: Links, described: dict[str, tuple[float, Any]]) -> None:
+    def __init__(self, ref: Any, links: Links, answers: Answers) -> None:
         self._ref = ref
         self._links = links
-        self._described = described
+        self._answers = answers
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith(_CHANGING):
-            self._described.clear()
+        if not name.startswith(_ASKING):
+            self._answers.clear()
         return getattr(self._ref, name)
 
-    async def get_model(self, *args: Any, **kwargs: Any) -> Any:
-        return Model(await self._ref.get_model(*args, **kwargs), self._links)
+    async def get_model(self, model_uid: str, *args: Any, **kwargs: Any) -> Any:
+        known = self._answers.get("get_model", model_uid)
+        if known is None or not self._links.has(known):  # a link that is lost tells of the end of the model process
+            known = await self._ref.get_model(model_uid, *args, **kwargs)
+            if self._links.has(known) and await self._is_alone(model_uid):
+                self._answers.keep("get_model", model_uid, known)
+        return Model(known, self._links)
+
+    async def _is_alone(self, model_uid: str) -> bool:
+        """Whether the model has one replica; of several the supervisor chooses one for each request."""
+        try:
+            return bool((await self.describe_model(model_uid))["replica"] == 1)
+        except Exception:  # the first replica may be loading
+            return False
 
     async def describe_model(self, model_uid: str, *args: Any, **kwargs: Any) -> Any:
-        until, description = self._described.get(model_uid, (0.0, None))
-        if time.monotonic() >= until:
-            description = await self._ref.describe_model(model_uid, *args, **kwargs)
-            self._described[model_uid] = time.monotonic() + DESCRIBED, description
-        return description
+        known = self._answers.get("describe_model", model_uid)
+        if known is None:
+            known = await self._ref.describe_model(model_uid, *args, **kwargs)
+            self._answers.keep("describe_model", model_uid, known)
+        return known
+
+    async def resolve_token_router_runtime(self, model_uid: str, *args: Any, **kwargs: Any) -> Any:
+        method = "resolve_token_router_runtime"
+        if self._answers.get(method, model_uid):
+            return None
+        known = await self._ref.resolve_token_router_runtime(model_uid, *args, **kwargs)
+        if known is None:  # where there is a router, each request asks which of its runtimes is next
+            self._answers.keep(method, model_uid, "no router")
+        return known
 
 
 class Model:
@@ -111,10 +141,10 @@ class Model:
         return await self._links.is_vllm(self._ref)
 
     async def chat(self, *args: Any, **kwargs: Any) -> Any:
-        return await self._links.call(self._ref, self._ref.chat, args, kwargs)
+        return await self._links.call(self._ref, "chat", args, kwargs)
 
     async def generate(self, *args: Any, **kwargs: Any) -> Any:
-        return await self._links.call(self._ref, self._ref.generate, args, kwargs)
+        return await self._links.call(self._ref, "generate", args, kwargs)
 
 
 class _Peer:
@@ -139,46 +169,42 @@ class Links:
     def __init__(self) -> None:
         self._peers: dict[tuple[str, bytes], _Peer] = {}
 
-    async def is_vllm(self, ref: Any) -> bool:
+    def has(self, ref: Any) -> bool:
+        """Whether there is a link to the model ``ref``."""
         peer = self._peers.get((ref.address, ref.uid))
-        if peer is not None and peer.current() is not None:  # else another process may have the address
+        return peer is not None and peer.current() is not None
+
+    async def is_vllm(self, ref: Any) -> bool:
+        if self.has(ref):  # else another process may have the address
             return True
         if not await ref.is_vllm_backend():
             return False
         self._peers.setdefault((ref.address, ref.uid), _Peer())
         return True
 
-    async def call(self, ref: Any, method: Callable[..., Awaitable[Any]], args: Any, kwargs: Any) -> Any:
-        """Call ``method`` with arguments that have it push the stream, if it is one."""
+    async def call(self, ref: Any, method: str, args: Any, kwargs: Any) -> Any:
+        """Call ``method`` of the model ``ref``, and have it push the stream, if it is one."""
         config = args[1] if len(args) > 1 else kwargs.get("generate_config")
-        if not isinstance(config, dict) or not config.get("stream"):
-            return await method(*args, **kwargs)
-        peer = await self._linked(ref)
-        if peer is None or (current := peer.current()) is None:
-            return await method(*args, **kwargs)
-        inlet = current.open()
-        config = {**config, KEY: (peer.name, inlet.key)}
-        if len(args) > 1:
-            args = (args[0], config, *args[2:])
-        else:
-            kwargs = {**kwargs, "generate_config": config}
-        result = None
-        try:
-            result = await method(*args, **kwargs)
-        finally:
-            is_stream = isinstance(result, ITERATOR.owner().IteratorWrapper)
-            if not is_stream:
-                inlet.close()
-        return Stream(result, inlet, ref) if is_stream else result
+        peer = await self._linked(ref) if isinstance(config, dict) and config.get("stream") else None
+        if peer is not None and (current := peer.current()) is not None:
+            inlet = current.open()
+            call = asyncio.ensure_future(getattr(ref, PUSH)(method, peer.name, inlet.key, args, kwargs))
+            with contextlib.suppress(NotBegunError):
+                return await Stream(call, inlet, functools.partial(self._again, ref, (peer.name, inlet.key))).begun()
+        return await getattr(ref, method)(*args, **kwargs)
 
-    async def _linked(self, ref: Any) -> _Peer | None:
-        """What is known of the model ``ref``, with a link if one can be made; None if it is none of vLLM's."""
+    async def _linked(self, ref: Any, now: bool = False) -> _Peer | None:
+        """What is known of the model ``ref``, with a link if one can be made; None if it is none of vLLM's.
+
+        Args:
+            now: even if it could not be made a moment ago.
+        """
         peer = self._peers.get((ref.address, ref.uid))
         if peer is None:
             return None
-        if peer.current() is None and time.monotonic() >= peer.not_before:
+        if peer.current() is None and (now or time.monotonic() >= peer.not_before):
             async with peer.making:
-                if peer.current() is None and time.monotonic() >= peer.not_before:
+                if peer.current() is None and (now or time.monotonic() >= peer.not_before):
                     await self._make(peer, ref)
         return peer
 
@@ -191,71 +217,96 @@ class Links:
             peer.not_before = time.monotonic() + RETRY
             logger.warning("Streams of %s are pulled item by item, there is no link: %s", ref.uid, error)
         self._peers = {known: other for known, other in self._peers.items() if other.is_of_use()}
+        self._peers[ref.address, ref.uid] = peer
+
+    async def _again(self, ref: Any, first: tuple[str, int], received: int) -> Inlet:
+        """The stream that began as ``first``, behind the ``received`` items, by another link.
+
+        Raises:
+            LinkLostError: there is no other.
+            Exception: what the actor call raised.
+        """
+        peer = await self._linked(ref, now=True)
+        if peer is None or (current := peer.current()) is None:
+            raise LinkLostError(f"There is no link to {ref.uid!r}.")
+        inlet = current.open()
+        try:
+            await asyncio.wait_for(getattr(ref, AGAIN)(first, peer.name, inlet.key, received), ASK)
+        except BaseException:
+            inlet.close()
+            raise
+        return inlet
 
 
 class Stream:
     """The items of a streaming request, as they arrive; several chunks may be one item.
 
     Args:
-        iterator: xoscar's, of the first item and the end.
+        call: the actor call that lasts as long as the stream.
         inlet: of the link.
-        model: whose slot the request has.
+        again: given how many items have been received, returns the inlet of another link.
     """
 
-    def __init__(self, iterator: Any, inlet: Inlet, model: Any) -> None:
-        self._iterator = iterator
-        iterator._gc_destroy = False  # else it is destroyed once more, by a thread for which the event loop waits
+    def __init__(self, call: asyncio.Future[Any], inlet: Inlet, again: Callable[[int], Any]) -> None:
+        self._call = call
         self._inlet = inlet
-        self._model = model
-        self._end: asyncio.Task[Any] | None = None  # of the actor call for the second item
-        self._received = 0  # chunks, after the first
-        self._skip: int | None = None  # chunks that are pulled again; None while they are pushed
+        self._again = again
+        self._before = 0  # items received by the links before
         self._waiter: asyncio.Future[None] | None = None
-        self._is_complete = self._is_closed = False
+        call.add_done_callback(self._wake)
         inlet.on_change = self._wake
+
+    async def begun(self) -> Any:
+        """This stream when it is admitted; what the call returns if it makes none.
+
+        Raises:
+            Exception: what the call raised.
+        """
+        try:
+            while not self._inlet.received:
+                if self._call.done():
+                    self._inlet.close()
+                    return self._call.result()
+                if self._inlet.lost:
+                    await self._relink()
+                else:
+                    await self._change()
+        except BaseException:
+            await self.aclose()
+            raise
+        return self
 
     def __aiter__(self) -> Stream:
         return self
 
-    async def __anext__(self) -> Any:
-        if self._end is None:
-            item = await self._iterator.__anext__()
-            self._end = asyncio.ensure_future(self._iterator.__anext__())
-            self._end.add_done_callback(self._wake)
-            return item
-        while self._skip is None:
-            if chunks := self._taken():
+    async def __anext__(self) -> bytes:
+        while True:
+            if chunks := b"".join([data for data, _ in self._inlet.take()]):
                 return chunks
             if self._inlet.ended:
-                self._is_complete = True
                 raise StopAsyncIteration
-            if self._end.done():
-                return await self._ended(self._end)
-            await self._change()
-        return await self._pulled()
+            if self._call.done():
+                raise self._call.exception() or LinkLostError("The stream ended, and its end was lost.")
+            if self._inlet.lost:
+                await self._relink()
+            else:
+                await self._change()
 
-    def _taken(self) -> bytes:
-        """What has arrived since, without the end."""
-        items = [data for data, _ in self._inlet.take() if data]
-        self._received += len(items)
-        return items[0] if len(items) == 1 else b"".join(items)
-
-    async def _ended(self, end: asyncio.Task[Any]) -> Any:
-        """The next item when nothing more is pushed."""
-        item = end.result()
-        marked = _mark(item)
-        if PUSHED in marked:
-            self._is_complete = True
-            raise StopAsyncIteration
-        self._skip = max(0, self._received + 1 - marked[PULLED_FROM]) if marked else 0
-        return await self._pulled() if marked else item
-
-    async def _pulled(self) -> Any:
-        while True:
-            item = await self._iterator.__anext__()
-            if not self._skip:
-                return item
-            self._skip -= 1
+    async def _relink(self) -> None:
+        """Go on by another link; returns when there is one, or the call has ended."""
+        self._before += self._inlet.received
+        until = time.monotonic() + RELINK
+        while not self._call.done():
+            try:
+                self._inlet = await self._again(self._before)
+            except Exception as error:  # the model process may be stopped, or gone
+                if time.monotonic() >= until:
+                    raise
+                logger.info("A stream waits for another link: %s", error)
+                await asyncio.wait({self._call}, timeout=1.0)
+            else:
+                self._inlet.on_change = self._wake
+                return
 
     async def _change(self) -> None:
         self._waiter = asyncio.get_running_loop().create_future()
@@ -269,43 +320,26 @@ class Stream:
             self._waiter.set_result(None)
 
     async def aclose(self) -> None:
-        """Release everything; idempotent. A stream that is complete is released in the background."""
-        if self._is_closed:
+        """Release everything; idempotent."""
+        _ending.add(self._call)
+        self._call.add_done_callback(self._ended)
+        if self._inlet.ended and not self._inlet.lost:
+            self._inlet.on_change = self._forget
             return
-        self._is_closed = True
         self._inlet.close()
-        released = asyncio.ensure_future(self._release())
-        _releasing.add(released)
-        released.add_done_callback(_releasing.discard)
-        if not self._is_complete:
-            await asyncio.shield(released)
+        self._call.cancel()
+        if not self._inlet.ended:
+            await asyncio.wait({self._call}, timeout=ASK)  # xoscar asks the model process, which may be stopped
 
-    async def _release(self) -> None:
-        try:
-            await asyncio.wait_for(self._finish(), ASK)
-        except Exception:  # the slot has to be released
-            logger.debug("A stream of %s was not ended", self._model.uid, exc_info=True)
-        finally:
-            with contextlib.suppress(Exception):  # the model process is gone, and the slot with it
-                await asyncio.wait_for(RELEASE.owner()._release_model_stream(self._model, self._iterator), ASK)
+    def _forget(self) -> None:
+        """The link is lost behind the end: the call would wait for another one."""
+        self._call.cancel()
 
-    async def _finish(self) -> None:
-        if self._is_complete and self._end is not None:  # the actor notes its figures behind the last item
-            await self._end
-            with contextlib.suppress(StopAsyncIteration):
-                await self._iterator.__anext__()
-            return
-        if self._end is not None and not self._end.done():
-            self._end.cancel()
-        await self._iterator.destroy()
+    def _ended(self, call: asyncio.Future[Any]) -> None:
+        self._inlet.close()
+        _ending.discard(call)
+        if not call.cancelled() and (error := call.exception()) is not None:
+            logger.debug("A stream was not ended: %s", error)
 
 
-_releasing: set[asyncio.Future[None]] = set()  # kept until they are done
-
-
-def _mark(item: Any) -> dict[str, int]:
-    """What an item that is not for clients says; nothing if it is for them."""
-    if not isinstance(item, bytes) or not item.startswith(_MARKED):
-        return {}
-    marked: dict[str, int] = json.loads(item.removeprefix(b"data: "))[MARK]
-    return marked
+_ending: set[asyncio.Future[Any]] = set()  # calls whose streams are closed, kept until they are done

@@ -1,40 +1,141 @@
 """Streams leave the model process by a link.
 
-The actor call that makes a stream returns two items: the first chunk, and in the end its usage or error. All chunks
-between them are written to the link by whoever asks for the second. Xinference's admission, limits, metrics and abort
-work on that call as ever.
+One actor call lasts as long as its stream. It calls the model actor's own chat or generate, and asks for the items as
+the API would: so Xinference's admission, limits, metrics and abort work as ever. The chunks go by the link, and the
+actor's items are two: that there is a first chunk, and in the end the usage or the error.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import json
 import logging
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import asdict
 from typing import Any, TypeVar
 
+from ...engine.seams.seam import Seam
 from ...process import link
 from ...process.link import LinkLostError, Outlet, Sender
-from . import KEY, MARK, PULLED_FROM, PUSHED
+from . import AGAIN, PUSH, RELINK, NotBegunError, why_off
 
 logger = logging.getLogger("xinference.vllm_backend")
 
 F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
 
+ACTOR = Seam(
+    "xinference.core.model",
+    "ModelActor",
+    "pushing streams to the API",
+    "the API pulls each item by an actor call",
+    members=("chat", "generate", "decrease_serve_count", "__xoscar_next__", "__xoscar_destroy_generator__"),
+)
+ITERATOR = Seam("xoscar.api", "IteratorWrapper", ACTOR.used_for, ACTOR.without, members=("_uid", "_gc_destroy"))
+SEAMS = (ACTOR, ITERATOR)
+
+_pump: ContextVar[_Pump | None] = ContextVar("xinf_vllm_pump", default=None)  # of the actor call
+
+
+def why_pulled() -> str | None:
+    """Why no stream leaves this process by a link; None if they may."""
+    gone = [seam.name for seam in SEAMS if not seam.present()]
+    return f"there is no {', '.join(gone)}" if gone else why_off()
+
+
+def install_in_model_process() -> None:
+    """Give the model actor the methods that an API process calls; idempotent."""
+    if all(seam.present() for seam in SEAMS):
+        actor = ACTOR.owner().ModelActor
+        setattr(actor, PUSH, _push)
+        setattr(actor, AGAIN, _push_again)
+
+
+def pushed(fn: F) -> F:
+    """Wrap a coroutine method of a model, whose stream goes by a link if the actor call says so."""
+
+    @functools.wraps(fn)
+    async def wrapped(*args: Any, **kwargs: Any) -> Any:
+        pump = _pump.get()
+        _pump.set(None)  # a method that this one calls does not push
+        result = await fn(*args, **kwargs)
+        return pump.items(result) if pump is not None and hasattr(result, "__aiter__") else result
+
+    return wrapped  # type: ignore[return-value]
+
+
+async def _push(actor: Any, method: str, name: str, key: int, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Call ``method`` of ``actor``, and write its stream to the link ``name``.
+
+    Returns:
+        what ``method`` returned if that is no stream; None when all of the stream has arrived.
+
+    Raises:
+        NotBegunError: there is no such link.
+        LinkLostError: it was lost, and there was no other in time.
+        Exception: what ``method`` or its stream raised; all chunks before have arrived.
+    """
+    with actor.push_links.open(name, key) as pump:
+        iterator = await _called(pump, getattr(actor, method), args, kwargs)
+        if not isinstance(iterator, ITERATOR.owner().IteratorWrapper):
+            return iterator
+        iterator._gc_destroy = False  # else by a thread, for which the event loop waits
+        pump.put(b"")  # it is admitted
+        try:
+            await _read(actor, iterator._uid)
+        except Exception:
+            with contextlib.suppress(LinkLostError):
+                await pump.flush()
+            raise
+        await pump.finish()
+
+
+async def _called(pump: _Pump, method: Callable[..., Awaitable[Any]], args: Any, kwargs: Any) -> Any:
+    """What ``method`` returns, called in a task of its own: an abort by id may cancel it, as long as it lasts."""
+    token = _pump.set(pump)
+    try:
+        calling = asyncio.ensure_future(method(*args, **kwargs))
+    finally:
+        _pump.reset(token)
+    return await calling
+
+
+async def _read(actor: Any, uid: str) -> None:
+    """Ask for the items of the iterator ``uid`` until it ends, and release the request's slot."""
+    try:
+        while True:
+            await actor.__xoscar_next__(uid)
+    except Exception as error:
+        if "StopIteration" not in str(error):  # what xoscar raises at the end
+            raise
+    finally:
+        await actor.__xoscar_destroy_generator__(uid)
+        await actor.decrease_serve_count()
+
+
+async def _push_again(actor: Any, first: tuple[str, int], name: str, key: int, received: int) -> None:
+    """Go on with the stream that began as ``first`` by the link ``name``, behind the ``received`` items.
+
+    Raises:
+        LinkLostError: there is no such stream, or no such link.
+    """
+    actor.push_links.again(first, name, key, received)
+
 
 class Links:
-    """The links of a model process, one for each API process that asked."""
+    """The links of a model process, one for each API process that asked, and the streams on them."""
 
     def __init__(self) -> None:
         self._links: dict[str, Sender] = {}
+        self._pumps: dict[tuple[str, int], _Pump] = {}
 
     def status(self) -> dict[str, int]:
-        """How many links there are, and streams on them."""
-        return {"links": len(self._links), "streams": sum(len(sender) for sender in self._links.values())}
+        """How many links there are, and streams."""
+        return {"links": len(self._links), "streams": len(self._pumps)}
 
     async def offer(self, host: str) -> dict[str, Any]:
         """Where an API process can make a link, and under which ``id`` it is known then; see :class:`.link.Offer`."""
@@ -49,110 +150,132 @@ class Links:
 
         return {"id": name, **asdict(await link.offer(host, made, ended))}
 
-    def open(self, name: str, key: int) -> Outlet | None:
-        """The stream ``key`` of the link ``name``; None if that is gone."""
-        sender = self._links.get(name)
-        with contextlib.suppress(LinkLostError):
-            return None if sender is None else sender.open(key)
-        return None
+    @contextlib.contextmanager
+    def open(self, name: str, key: int) -> Iterator[_Pump]:
+        """A pump for the stream ``key`` of the link ``name``.
 
+        Raises:
+            NotBegunError: there is no such link.
+        """
+        try:
+            outlet = self._outlet(name, key)
+        except LinkLostError as error:
+            raise NotBegunError(str(error)) from None
+        pump = self._pumps[name, key] = _Pump(outlet)
+        try:
+            yield pump
+        finally:
+            del self._pumps[name, key]
+            pump.close()
 
-def pushed(fn: F) -> F:
-    """Wrap a coroutine method of a model, whose streams go by the link that their ``generate_config`` names."""
+    def again(self, first: tuple[str, int], name: str, key: int, received: int) -> None:
+        """See :func:`_push_again`."""
+        pump = self._pumps.get((first[0], first[1]))
+        if pump is None:
+            raise LinkLostError("The stream has ended meanwhile.")
+        pump.go_on(self._outlet(name, key), received)
 
-    @functools.wraps(fn)
-    async def wrapped(self: Any, prompt: Any, generate_config: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if not generate_config or KEY not in generate_config:
-            return await fn(self, prompt, generate_config, *args, **kwargs)
-        generate_config = dict(generate_config)
-        open_stream = functools.partial(self.push_links.open, *generate_config.pop(KEY))
-        result = await fn(self, prompt, generate_config, *args, **kwargs)
-        return _items(result, open_stream) if hasattr(result, "__aiter__") else result
-
-    return wrapped  # type: ignore[return-value]
-
-
-async def _items(stream: AsyncIterator[Any], open_stream: Callable[[], Outlet | None]) -> AsyncIterator[Any]:
-    """The items of the actor call; the link's stream is opened when the first is asked for."""
-    async with contextlib.AsyncExitStack() as closing:
-        if hasattr(stream, "aclose"):
-            closing.push_async_callback(stream.aclose)
-        first = await anext(stream, None)
-        if first is None:
-            return
-        outlet = open_stream()
-        if outlet is not None:
-            closing.callback(outlet.close)
-        yield first
-        if outlet is None:
-            yield {MARK: {PULLED_FROM: 1}}
-        else:
-            pump = _Pump(outlet)
-            try:
-                await pump.run(stream)
-            except LinkLostError:
-                yield {MARK: {PULLED_FROM: pump.arrived + 1}}
-                for chunk in pump.unread():
-                    yield chunk
-            else:
-                yield pump.end()
-                return
-        async for chunk in stream:
-            yield chunk
+    def _outlet(self, name: str, key: int) -> Outlet:
+        if name not in self._links:
+            raise LinkLostError(f"There is no push link {name} any more.")
+        return self._links[name].open(key)
 
 
 class _Pump:
-    """Writes the chunks of a stream to its link."""
+    """Writes the chunks of a stream to its link, and to the next one if that is lost."""
 
     def __init__(self, outlet: Outlet) -> None:
         self._outlet = outlet
-        self._unread: deque[Any] = deque()
-        self._put = 0
-        self._last: Any = {}
+        self._unread: deque[tuple[bytes, bool]] = deque()  # items that the receiver may not have, and whether the last
+        self._read = 0  # items before these
+        self._before = 0  # items before the first on this link
+        self._relinked = asyncio.Event()
 
-    @property
-    def arrived(self) -> int:
-        """How many chunks the receiver is known to have."""
-        return min(self._outlet.acknowledged, self._put)
+    async def items(self, stream: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        """In place of ``stream``: an item when its first chunk is written, and one with the usage when all are."""
+        begun = asyncio.get_running_loop().create_future()
+        pumping = asyncio.ensure_future(self._run(stream, begun))
+        try:
+            if await begun:
+                yield {}
+            last = await pumping
+            if last is not None:
+                yield {"usage": last.get("usage")}
+        finally:
+            pumping.cancel()
+            await asyncio.wait({pumping})
 
-    def unread(self) -> list[Any]:
-        """Those that it may not have."""
-        return list(self._unread)[len(self._unread) - (self._put - self.arrived) :]
-
-    def end(self) -> dict[str, Any]:
-        return {MARK: {PUSHED: self._put}, "usage": self._last.get("usage")}
-
-    async def run(self, stream: AsyncIterator[Any]) -> None:
-        """Write all chunks; returns when they have arrived, or nobody reads them any more.
-
-        Raises:
-            LinkLostError: the link is lost.
-            Exception: what ``stream`` raised; all chunks before have arrived.
-        """
-        outlet = self._outlet
-        await outlet.ready()
+    async def _run(self, stream: AsyncIterator[Any], begun: asyncio.Future[bool]) -> Any:
+        """Write all chunks, as long as they are read; the last one."""
+        chunk = None
         try:
             async for chunk in stream:
-                if outlet.abandoned:
-                    return
-                self._add(chunk)
-                await outlet.ready()
-        except LinkLostError:
-            raise
-        except Exception:
-            with contextlib.suppress(LinkLostError):
-                await outlet.finish()
-            raise
-        outlet.put(b"", last=True)
-        await outlet.finish()
+                if self._outlet.abandoned:
+                    break
+                self.put(_event(chunk))
+                if not begun.done():
+                    begun.set_result(True)
+                await self._through(Outlet.ready)
+        finally:
+            if not begun.done():
+                begun.set_result(False)
+            if hasattr(stream, "aclose"):
+                await stream.aclose()
+        return chunk
 
-    def _add(self, chunk: Any) -> None:
-        self._last = chunk
-        self._unread.append(chunk)
-        self._put += 1
-        self._outlet.put(_event(chunk))
-        while len(self._unread) > self._put - self.arrived:
+    def put(self, data: bytes, last: bool = False) -> None:
+        self._unread.append((data, last))
+        self._outlet.put(data, last=last)
+        self._forget_read(self._before + self._outlet.acknowledged)
+
+    def _forget_read(self, count: int) -> None:
+        while self._read < count:
             self._unread.popleft()
+            self._read += 1
+
+    async def finish(self) -> None:
+        """Write that this was all, and see :meth:`flush`."""
+        self.put(b"", last=True)
+        await self.flush()
+
+    async def flush(self) -> None:
+        """Wait until all has arrived, or nobody reads it any more.
+
+        Raises:
+            LinkLostError: the link is lost, and there was no other in time.
+        """
+        await self._through(Outlet.finish)
+
+    async def _through(self, step: Callable[[Outlet], Awaitable[None]]) -> None:
+        """Do ``step`` with the stream on its link; if that is lost, with the one on the next."""
+        outlet = None
+        while outlet is not self._outlet:
+            outlet = self._outlet
+            try:
+                await step(outlet)
+            except LinkLostError:
+                await self._other_than(outlet)
+
+    async def _other_than(self, outlet: Outlet) -> None:
+        """Wait for another link; raises LinkLostError if there is none in time."""
+        self._relinked.clear()
+        if self._outlet is outlet:
+            try:
+                await asyncio.wait_for(self._relinked.wait(), RELINK)
+            except asyncio.TimeoutError:
+                raise LinkLostError(f"The link was lost, and no other was made in {RELINK:g} s.") from None
+
+    def go_on(self, outlet: Outlet, received: int) -> None:
+        """Write by ``outlet`` from now on, and again what is behind the ``received`` items."""
+        self._forget_read(received)
+        self._outlet.close()
+        self._outlet, self._before = outlet, received
+        for data, last in self._unread:
+            outlet.put(data, last=last)
+        self._relinked.set()
+
+    def close(self) -> None:
+        self._outlet.close()
 
 
 def _event(chunk: Any) -> bytes:
