@@ -152,6 +152,18 @@ def test_the_one_is_pushed_and_the_other_is_not(both: Cluster) -> None:
     assert "XINF_VLLM_PUSH is off" in both.log_text()
 
 
+def test_only_a_client_that_leaves_is_taken_for_one(both: Cluster) -> None:
+    assert "passes a stream between two tasks" not in both.log_text()  # the middleware is exchanged
+    left = "Disconnected from client"
+    path, body = REQUESTS["chat"]
+    before = both.log_text().count(left)
+    for uid in (PUSHED, PULLED):
+        assert events(both, uid, path, body)
+    assert both.log_text().count(left) == before
+    events(both, PUSHED, path, {**body, "max_tokens": 1000}, most=2)
+    wait_until(lambda: both.log_text().count(left) > before, BOUND, "the client that left to be noticed")
+
+
 def test_many_at_once_of_which_half_leave_get_their_own_answers_and_leave_nothing(both: Cluster) -> None:
     path, body = REQUESTS["completion"]
     rng = random.Random(7)

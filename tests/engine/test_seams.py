@@ -20,7 +20,7 @@ from xinf_vllm_backend.engine.seams import (
     start,
     version,
 )
-from xinf_vllm_backend.plugin import metrics, sub_pools
+from xinf_vllm_backend.plugin import metrics, middleware, sub_pools
 from xinf_vllm_backend.plugin.push import api_side, model_side
 from xinf_vllm_backend.process.context import EngineContext
 
@@ -28,10 +28,27 @@ pytestmark = pytest.mark.engine
 
 
 @pytest.mark.parametrize(
-    "seam", (*SEAMS, *sub_pools.SEAMS, *api_side.SEAMS, *model_side.SEAMS, *metrics.SEAMS), ids=lambda seam: seam.name
+    "seam",
+    (*SEAMS, *sub_pools.SEAMS, *api_side.SEAMS, *model_side.SEAMS, *metrics.SEAMS, *middleware.SEAMS),
+    ids=lambda seam: seam.name,
 )
 def test_what_is_installed_has_the_seam(seam: Seam) -> None:
     assert seam.present()
+
+
+def test_xinferences_dispatch_function_leaves_the_body_of_a_response_alone() -> None:
+    from xinference.api.restful_api import RESTfulAPI
+
+    assert f"{RESTfulAPI.__module__}.{RESTfulAPI.serve.__qualname__}" == f"{middleware.MODULE}.RESTfulAPI.serve"
+    local = {code.co_name: code for code in RESTfulAPI.serve.__code__.co_consts if inspect.iscode(code)}
+    codes = (
+        local[middleware.DISPATCH.rpartition(".")[2]],
+        local["ip_restriction_middleware"],
+        RESTfulAPI._audit_middleware.__code__,
+    )
+    used = {name for code in codes for name in code.co_names}
+    assert {"call_next", "headers"} <= used | {name for code in codes for name in code.co_varnames}
+    assert used.isdisjoint({"body", "body_iterator", "stream", "json", "form", "background"})
 
 
 def test_the_installed_vllm_is_a_supported_one() -> None:

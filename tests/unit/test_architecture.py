@@ -31,6 +31,7 @@ HOSTS = {
     "xinference": ("plugin/", "demo/", "doctor.py"),
     "xoscar": ("plugin/", "demo/", "doctor.py"),
     "fastapi": ("plugin/",),
+    "starlette": ("plugin/",),
 }
 
 

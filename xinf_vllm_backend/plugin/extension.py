@@ -19,11 +19,12 @@ class VLLMBackendExtension:
         install()
 
     def configure_api(self, context: Any) -> None:
-        from . import rest_errors, routes
+        from . import middleware, rest_errors, routes
         from .push import api_side
 
         routes.add(context)
         rest_errors.install(context.app)
+        middleware.install(context.app)
         api_side.install(context.app.state.api)
 
     def worker_metadata(self) -> dict[str, str]:
