@@ -226,3 +226,10 @@ class TestPublicChange:
         with pytest.raises(ZeroDivisionError), environment.public(**{SET: "public", NEW: "public"}):
             raise ZeroDivisionError
         assert everything() == real
+
+
+def test_outside_of_private_changes_the_environment_is_python_s_own() -> None:
+    plain = type(os.environ)
+    with environment.private(), environment.private():
+        assert type(os.environ) is not plain
+    assert type(os.environ) is plain, "libraries read variables for each token"

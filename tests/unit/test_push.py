@@ -6,7 +6,6 @@ import asyncio
 import json
 import random
 from collections.abc import AsyncIterator, Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,11 +53,6 @@ class Iterator:
     def __init__(self, uid: str) -> None:
         self._uid = uid
         self._gc_destroy = True
-
-
-@pytest.fixture(autouse=True)
-def _iterators(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_side.Seam, "owner", lambda seam: SimpleNamespace(IteratorWrapper=Iterator))
 
 
 class Model:

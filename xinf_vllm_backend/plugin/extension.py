@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 from ..__version__ import __version__
@@ -26,6 +27,7 @@ class VLLMBackendExtension:
         rest_errors.install(context.app)
         middleware.install(context.app)
         api_side.install(context.app.state.api)
+        gc.freeze()  # what was imported stays: to look at all of it holds up every stream for most of a second
 
     def worker_metadata(self) -> dict[str, str]:
         """Called in workers alone, when they register with a supervisor."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections import deque
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -19,14 +20,33 @@ def private(**variables: str) -> Iterator[None]:
     Libraries that configure themselves and their children by ``os.environ`` work, on any number of threads at once. The
     environment in C is not changed.
     """
-    if not isinstance(os.environ, _Environment):
-        # In place: other modules hold the object.
-        os.environ.__class__ = _Environment
+    _enter()
     token = _changes.set({**(_changes.get() or {}), **variables})
     try:
         yield
     finally:
         _changes.reset(token)
+        _leave()
+
+
+_lock = threading.Lock()
+_inside = 0  # blocks that are open, on all threads
+
+
+def _enter() -> None:
+    global _inside
+    with _lock:
+        _inside += 1
+        if not isinstance(os.environ, _Environment):
+            os.environ.__class__ = _Environment  # in place: other modules hold the object
+
+
+def _leave() -> None:
+    global _inside
+    with _lock:
+        _inside -= 1
+        if not _inside and type(os.environ) is _Environment:
+            os.environ.__class__ = _PLAIN  # type: ignore[assignment] # libraries may read a variable for each token
 
 
 @contextlib.contextmanager
@@ -57,6 +77,9 @@ def noted() -> Iterator[set[str]]:
         yield _Noting.names
     finally:
         os.environ.__class__ = before
+
+
+_PLAIN = type(os.environ)
 
 
 class _Noting(type(os.environ)):  # type: ignore[misc]

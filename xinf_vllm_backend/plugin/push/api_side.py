@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import logging
 import time
 from collections.abc import Callable
@@ -213,6 +214,7 @@ class Links:
             offered = dict(await asyncio.wait_for(ref.offer_push_link(), ASK))
             name = str(offered.pop("id"))
             peer.link, peer.name = await link.accept(Offer(**offered)), name
+            gc.freeze()  # as at the start; the first requests import more
         except Exception as error:  # whatever it is, the streams are pulled
             peer.not_before = time.monotonic() + RETRY
             logger.warning("Streams of %s are pulled item by item, there is no link: %s", ref.uid, error)

@@ -63,7 +63,7 @@ def pushed(fn: F) -> F:
         pump = _pump.get()
         _pump.set(None)  # a method that this one calls does not push
         result = await fn(*args, **kwargs)
-        return pump.items(result) if pump is not None and hasattr(result, "__aiter__") else result
+        return pump.stand_in_for(result) if pump is not None and hasattr(result, "__aiter__") else result
 
     return wrapped  # type: ignore[return-value]
 
@@ -81,7 +81,7 @@ async def _push(actor: Any, method: str, name: str, key: int, args: Sequence[Any
     """
     with actor.push_links.open(name, key) as pump:
         iterator = await _called(pump, getattr(actor, method), args, kwargs)
-        if not isinstance(iterator, ITERATOR.owner().IteratorWrapper):
+        if not pump.has_stream:
             return iterator
         iterator._gc_destroy = False  # else by a thread, for which the event loop waits
         pump.put(b"")  # it is admitted
@@ -190,9 +190,15 @@ class _Pump:
         self._read = 0  # items before these
         self._before = 0  # items before the first on this link
         self._relinked = asyncio.Event()
+        self.has_stream = False
 
-    async def items(self, stream: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        """In place of ``stream``: an item when its first chunk is written, and one with the usage when all are."""
+    def stand_in_for(self, stream: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        """What the model actor reads in place of ``stream``."""
+        self.has_stream = True
+        return self._items(stream)
+
+    async def _items(self, stream: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        """An item when the first chunk is written, and one with the usage when all are."""
         begun = asyncio.get_running_loop().create_future()
         pumping = asyncio.ensure_future(self._run(stream, begun))
         try:
