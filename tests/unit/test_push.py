@@ -338,7 +338,8 @@ async def test_what_does_not_stream_and_other_engines_are_asked_as_ever() -> Non
     actor, other, links = Actor(Model(CHUNKS)), Actor(Model(CHUNKS), is_vllm=False), api_side.Links()
     assert await ask(actor, links, stream=False) == {"id": 1}
     assert isinstance(await ask(other, api_side.Links()), Iterator)
-    assert "offer_push_link" not in actor.asked + other.asked
+    assert "push_stream" not in actor.asked + other.asked
+    assert "offer_push_link" not in other.asked
 
 
 async def test_a_model_that_offers_no_link_is_asked_as_ever_and_seldom(caplog: pytest.LogCaptureFixture) -> None:
@@ -409,27 +410,31 @@ class Cluster:
 
 
 class TestSupervisor:
-    async def request(self, supervisor: api_side.Supervisor) -> None:
+    async def request(self, supervisor: api_side.Supervisor, stream: bool = True) -> None:
         """What the API asks for each chat."""
         await supervisor.resolve_token_router_runtime("a")
         model = await supervisor.get_model("a")
         await model.is_vllm_backend()
         await supervisor.describe_model("a")
-        assert await read(await model.chat([], {"stream": True})) == WHOLE
+        answer = await model.chat([], {"stream": stream})
+        assert (await read(answer) if stream else answer) == (WHOLE if stream else {"id": 1})
 
-    async def asked(self, cluster: Cluster, requests: int, between: Callable[[Any], Any] = lambda _: None) -> list[str]:
+    async def asked(
+        self, cluster: Cluster, requests: int, between: Callable[[Any], Any] = lambda _: None, stream: bool = True
+    ) -> list[str]:
         """What the supervisor is asked for the last of some requests."""
         supervisor = api_side.Supervisor(cluster, api_side.Links(), api_side.Answers())
         for _ in range(requests):
-            await self.request(supervisor)
+            await self.request(supervisor, stream)
         cluster.asked.clear()
         if (changing := between(supervisor)) is not None:
             await changing
-        await self.request(supervisor)
+        await self.request(supervisor, stream)
         return cluster.asked
 
-    async def test_the_third_request_asks_the_supervisor_nothing(self) -> None:
-        assert await self.asked(Cluster(Actor(Model(CHUNKS))), 2) == []
+    @pytest.mark.parametrize("stream", [True, False])
+    async def test_the_third_request_asks_the_supervisor_nothing(self, stream: bool) -> None:
+        assert await self.asked(Cluster(Actor(Model(CHUNKS))), 2, stream=stream) == []
 
     async def test_a_change_of_the_models_drops_what_is_kept(self) -> None:
         every = ["terminate_model", "resolve_token_router_runtime", "get_model", "describe_model"]

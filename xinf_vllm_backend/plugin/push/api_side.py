@@ -186,8 +186,9 @@ class Links:
     async def call(self, ref: Any, method: str, args: Any, kwargs: Any) -> Any:
         """Call ``method`` of the model ``ref``, and have it push the stream, if it is one."""
         config = args[1] if len(args) > 1 else kwargs.get("generate_config")
-        peer = await self._linked(ref) if isinstance(config, dict) and config.get("stream") else None
-        if peer is not None and (current := peer.current()) is not None:
+        is_stream = isinstance(config, dict) and config.get("stream")
+        peer = await self._linked(ref)  # by which it is known that the process lives, too
+        if is_stream and peer is not None and (current := peer.current()) is not None:
             inlet = current.open()
             call = asyncio.ensure_future(getattr(ref, PUSH)(method, peer.name, inlet.key, args, kwargs))
             with contextlib.suppress(NotBegunError):
