@@ -232,9 +232,8 @@ def test_a_client_that_stops_reading_stalls_no_other_and_misses_nothing(
 def test_streams_go_on_when_the_api_process_was_stopped_for_long(
     apart: Cluster, undisturbed: str, large: Stream
 ) -> None:
-    streams, waiting = begun(apart, ONE, LIMIT - 2), held(apart, ONE, 2)
-    ((links, count),) = pushes(apart, ONE)
-    assert links == 1 and count >= len(waiting)
+    waiting, streams = held(apart, ONE, 2), begun(apart, ONE, LIMIT - 2)
+    wait_until(lambda: pushes(apart, ONE)[0][1] >= len(waiting), BOUND, "the streams to be on the link")
     (api,) = api_processes(apart)
     lost = apart.log_text().count(SILENT)
     api.send_signal(signal.SIGSTOP)
