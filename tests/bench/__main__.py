@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from . import events, kills, recovery, serving, startup
+from . import events, kills, recovery, serving, stalls, startup
 
 benchmarks = click.Group(
     "bench",
@@ -13,6 +13,7 @@ benchmarks = click.Group(
         "kills": kills.main,
         "recovery": recovery.main,
         "serving": serving.main,
+        "stalls": stalls.main,
         "startup": startup.main,
     },
 )

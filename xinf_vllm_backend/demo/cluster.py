@@ -61,6 +61,8 @@ class Cluster:
     Args:
         extension: what ``XINFERENCE_EXTENSIONS`` is to be; None is stock Xinference.
         supervisor_worker: start ``xinference-supervisor`` and ``xinference-worker`` in place of ``xinference-local``.
+        worker_host: address of ``xinference-worker``.
+        worker_env: further environment variables of ``xinference-worker`` alone.
         virtual_env: give every model a virtual environment of its own, Xinference's default; off saves time.
         env: further environment variables of the cluster and of its command line.
         directory: the home and the log go there and stay; by default into a temporary directory.
@@ -72,6 +74,8 @@ class Cluster:
         *,
         extension: str | None = "xinf_vllm_backend:extension",
         supervisor_worker: bool = False,
+        worker_host: str = "127.0.0.1",
+        worker_env: Mapping[str, str] | None = None,
         virtual_env: bool = False,
         env: Mapping[str, str] | None = None,
         directory: Path | None = None,
@@ -79,6 +83,8 @@ class Cluster:
     ) -> None:
         self._mark = uuid.uuid4().hex
         self._supervisor_worker = supervisor_worker
+        self._worker_host = worker_host
+        self._worker_env = worker_env or {}
         self._start_timeout = start_timeout
         self._keep = directory is not None
         self.directory = Path(directory or tempfile.mkdtemp(prefix="xinf-vllm-")).resolve()
@@ -130,10 +136,9 @@ class Cluster:
             "xinference-supervisor", *host, "--port", str(self._port), "--supervisor-port", str(self._supervisor_port)
         )
         wait_until(self._answers, self._start_timeout, "the supervisor to answer")
-        exporter = ("--metrics-exporter-host", "127.0.0.1")
-        self._serve(
-            "xinference-worker", *host, "--worker-port", str(self._worker_port), "--endpoint", self.endpoint, *exporter
-        )
+        here = ("--host", self._worker_host, "--metrics-exporter-host", self._worker_host)
+        arguments = (*here, "--worker-port", str(self._worker_port), "--endpoint", self.endpoint)
+        self._serve("xinference-worker", *arguments, env=self._worker_env)
 
     def wait_until_up(self, timeout: float) -> None:
         """Wait until a worker is there to take models.
@@ -293,11 +298,11 @@ class Cluster:
             (cache / "modelinfos").symlink_to(known, target_is_directory=True)
         return cache
 
-    def _serve(self, program: str, *args: str) -> None:
+    def _serve(self, program: str, *args: str, env: Mapping[str, str] | None = None) -> None:
         with self.log_path.open("ab") as log:
             service = subprocess.Popen(
                 [_program(program), *args],
-                env=self.environment,
+                env={**self.environment, **(env or {})},
                 cwd=self.directory,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
