@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -39,12 +40,20 @@ from .serving_report import (
 
 MODES = {"stream": True, "whole": False}
 # What --full takes of each option of the grid.
-FULL = {
+FULL: dict[str, Any] = {
     "kinds": KINDS,
     "modes": tuple(MODES),
     "clients": (1, 8, 32, 128),
     "tokens": (16, 128, 1024),
     "prompts": tuple(PROMPTS),
+}
+# Where one option of the grid is varied, the others are the first of these.
+BASE: dict[str, Any] = {
+    "kinds": ("chat",),
+    "modes": tuple(MODES),
+    "clients": (32,),
+    "tokens": (128,),
+    "prompts": ("short",),
 }
 WARM_UP = 16  # tokens of the answers before each measurement
 SETTLE = 5.0  # seconds at most until the others are quiet
@@ -141,17 +150,30 @@ def _rotated(systems: Sequence[System], number: int) -> Sequence[System]:
     return turn([*systems[start:], *systems[:start]], number)
 
 
-def grid(kinds: str, modes: str, clients: str, tokens: str, prompts: str) -> list[Load]:
+def cells_of(full: bool, given: Mapping[str, str | None]) -> list[Load]:
+    """Every combination of what is given; without any, the base with each option of the grid varied alone."""
+    if full:
+        return grid(**FULL)
+    chosen = {option: values.split(",") for option, values in given.items() if values is not None}
+    if chosen:
+        return grid(**{**BASE, **chosen})
+    varied = {cell for option in FULL for cell in grid(**{**BASE, option: FULL[option]})}
+    return [cell for cell in grid(**FULL) if cell in varied]
+
+
+def grid(
+    kinds: Sequence[str], modes: Sequence[str], clients: Sequence[Any], tokens: Sequence[Any], prompts: Sequence[str]
+) -> list[Load]:
     """Every combination of the options."""
     named = {"kinds": (kinds, KINDS), "modes": (modes, tuple(MODES)), "prompts": (prompts, tuple(PROMPTS))}
     for option, (given, known) in named.items():
         _check(option, given, known)
-    every = itertools.product(*(given.split(",") for given in (kinds, modes, prompts, tokens, clients)))
+    every = itertools.product(kinds, modes, prompts, tokens, clients)
     return [Load(kind, MODES[mode], int(count), int(length), prompt) for kind, mode, prompt, length, count in every]
 
 
-def _check(option: str, given: str, known: Sequence[str]) -> None:
-    if unknown := set(given.split(",")) - set(known):
+def _check(option: str, given: Sequence[str], known: Sequence[str]) -> None:
+    if unknown := set(given) - set(known):
         raise click.BadParameter(f"there is no {', '.join(sorted(unknown))}", param_hint=f"--{option}")
 
 
@@ -170,27 +192,28 @@ def _all_up(names: Sequence[str]) -> Iterator[list[System]]:
 @click.option("--rounds", default=5, show_default=True, help="How often to measure, the systems taking turns.")
 @click.option("--seconds", default=2.0, show_default=True, help="No request of a measurement begins later.")
 @click.option("--systems", default="vllm,stock,ours", show_default=True, help="Of vllm, stock, ours and pull.")
-@click.option("--kinds", default=",".join(KINDS), show_default=True, help="What is asked for.")
-@click.option("--modes", default=",".join(MODES), show_default=True, help="Streamed answers, or whole ones.")
-@click.option("--clients", default="1,32", show_default=True, help="How many at once.")
-@click.option("--tokens", default="128", show_default=True, help="Of each answer.")
-@click.option("--prompts", default="short", show_default=True, help="Of short and long.")
+@click.option("--kinds", help="What is asked for: of completion, chat, tools and json.")
+@click.option("--modes", help="Streamed answers, or whole ones: of stream and whole.")
+@click.option("--clients", help="How many at once, with commas.")
+@click.option("--tokens", help="Of each answer, with commas.")
+@click.option("--prompts", help="Of short and long.")
 @click.option("--full", is_flag=True, help="The whole grid in place of those options; takes hours.")
 @click.option("--docs", type=click.Path(path_type=Path), help="Where to write serving.md and serving.png.")
-def main(rounds: int, seconds: float, systems: str, full: bool, docs: Path | None, **options: str) -> None:
-    """Compare vLLM's own server, stock Xinference and this package under load; print it as Markdown."""
-    _check("systems", systems, SYSTEMS)
+def main(rounds: int, seconds: float, systems: str, full: bool, docs: Path | None, **options: str | None) -> None:
+    """Compare vLLM's own server, stock Xinference and this package under load; print it as Markdown.
+
+    Without any of the options of the grid each of them is varied alone, about 32 clients that chat.
+    """
     names = systems.split(",")
-    if full:
-        options = {option: ",".join(map(str, values)) for option, values in FULL.items()}
-    cells = grid(**options)
+    _check("systems", names, SYSTEMS)
+    cells = cells_of(full, options)
     with _all_up(names) as up, Loader() as loader:
         bench = Bench(up, loader, seconds)
         bench.measure(cells, rounds)
     tables = serving_report.markdown(bench.samples, cells, names, bench.failed)
     click.echo(tables)
     if docs:
-        given = "".join(f" --{option} {value}" for option, value in options.items())
+        given = "".join(f" --{option} {value}" for option, value in options.items() if value is not None)
         arguments = f" --rounds {rounds} --seconds {seconds:g} --systems {systems}{' --full' if full else given}"
         others = [name for name in names if name != VLLM]
         docs.mkdir(exist_ok=True)
