@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import click
 
-from . import events, kills, recovery, serving, stalls, startup
+from . import events, kills, profile, recovery, serving, stalls, startup
 
 benchmarks = click.Group(
     "bench",
     commands={
         "events": events.main,
         "kills": kills.main,
+        "profile": profile.main,
         "recovery": recovery.main,
         "serving": serving.main,
         "stalls": stalls.main,

@@ -47,7 +47,7 @@ FULL: dict[str, Any] = {
     "tokens": (16, 128, 1024),
     "prompts": tuple(PROMPTS),
 }
-# Where one option of the grid is varied, the others are the first of these.
+# What the others are where one option of the grid is varied.
 BASE: dict[str, Any] = {
     "kinds": ("chat",),
     "modes": tuple(MODES),
