@@ -88,7 +88,6 @@ class Stream:
         self._last = line.strip() or self._last
         if line.startswith(b"data: {") and line.endswith(b"\n"):  # the last of a lost connection may be cut
             self._take(json.loads(line[6:]))
-        self.bytes = getattr(self, "bytes", 0) + len(line)
         return bool(line)
 
     def _take(self, event: dict[str, Any]) -> None:

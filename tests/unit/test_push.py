@@ -261,8 +261,7 @@ async def test_a_link_that_nobody_makes_again_ends_the_stream(monkeypatch: pytes
     actor = Actor(Model(CHUNKS * 9, cut))
     with pytest.raises((link.LinkLostError, RuntimeError)):
         await answer(actor)
-    while not actor.is_clear():
-        await asyncio.sleep(0.01)
+    assert actor.is_clear()
     assert actor.model.closed == 1
 
 
@@ -377,7 +376,7 @@ async def test_a_link_that_was_lost_before_is_made_again() -> None:
     assert len(links._peers) == 1
 
 
-def test_the_settings_of_both_sides_have_one_home() -> None:
+def test_the_model_actor_of_these_tests_has_the_actor_calls_by_their_names() -> None:
     assert {push.PUSH, push.AGAIN} <= {name for name in dir(Actor) if not name.startswith("_")}
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from ...engine.seams.seam import Seam
 from ...errors import BadLaunchArgumentError
 from ...process.link import LinkLostError
 from ...settings import HostSettings, variable
@@ -17,8 +20,10 @@ class NotBegunError(LinkLostError):
     """The link was lost before the request was looked at; takes one sentence."""
 
 
-def why_off() -> str | None:
-    """Why no stream is pushed in this process; None if they may be."""
+def why_pulled(seams: Iterable[Seam]) -> str | None:
+    """Why no stream is pushed in this process, which needs ``seams``; None if they may be."""
+    if gone := [seam.name for seam in seams if not seam.present()]:
+        return f"there is no {', '.join(gone)}"
     try:
         return None if HostSettings.resolve().push == "on" else f"{variable('push')} is off"
     except BadLaunchArgumentError as error:

@@ -18,7 +18,8 @@ from typing import Any
 from ...engine.seams.seam import Seam
 from ...process import link
 from ...process.link import Inlet, LinkLostError, Offer, Receiver
-from . import AGAIN, PUSH, RELINK, NotBegunError, why_off
+from .. import push
+from . import AGAIN, PUSH, RELINK, NotBegunError
 
 logger = logging.getLogger("xinference.vllm_backend")
 
@@ -57,10 +58,7 @@ def install(api: Any) -> None:
 
 def why_pulled() -> str | None:
     """Why an API process of this host would read no stream from a link; None if it would."""
-    gone = [seam.name for seam in SEAMS if not seam.present()]
-    if gone:
-        return f"there is no {', '.join(gone)}"
-    return why_off()
+    return push.why_pulled(SEAMS)
 
 
 class Answers:

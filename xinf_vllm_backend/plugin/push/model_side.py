@@ -22,7 +22,8 @@ from typing import Any, TypeVar
 from ...engine.seams.seam import Seam
 from ...process import link
 from ...process.link import LinkLostError, Outlet, Sender
-from . import AGAIN, PUSH, RELINK, NotBegunError, why_off
+from .. import push
+from . import AGAIN, PUSH, RELINK, NotBegunError
 
 logger = logging.getLogger("xinference.vllm_backend")
 
@@ -43,8 +44,7 @@ _pump: ContextVar[_Pump | None] = ContextVar("xinf_vllm_pump", default=None)  # 
 
 def why_pulled() -> str | None:
     """Why no stream leaves this process by a link; None if they may."""
-    gone = [seam.name for seam in SEAMS if not seam.present()]
-    return f"there is no {', '.join(gone)}" if gone else why_off()
+    return push.why_pulled(SEAMS)
 
 
 def install_in_model_process() -> None:
