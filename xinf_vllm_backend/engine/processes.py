@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 EXIT_TIMEOUT = 0.5  # seconds that a dead engine's processes have to end by themselves
 STACKS_TIMEOUT = 1.0  # seconds in which the processes of a hung engine show their stacks
-KILL_TIMEOUT = 5.0  # seconds until a SIGKILLed process is given up as unkillable
+KILL_TIMEOUT = 20.0  # seconds until a SIGKILLed process, which may wait for a slow disk, is given up as unkillable
 LOCK_MARGIN = 1.0  # seconds before load_timeout in which a launch that waits for others can still say for whom
 REMOVE_TIMEOUT = 2.0  # seconds until files of a dead engine are left to the janitor
 
@@ -107,19 +107,28 @@ class EngineProcesses:
         was_stopped = self._stopping.is_set()
         if not in_time:
             self._log_stacks()
-        self.stop()
+        left = self._stop_or_say()
         if was_stopped:
-            raise EngineStoppedError(f"The vLLM engine of {self._spec.name} was stopped while it was starting.")
+            raise EngineStoppedError(f"The vLLM engine of {self._spec.name} was stopped while it was starting.{left}")
         if not in_time:
             said = diagnosis.last_words(self._tail.lines())
             raise EngineStartTimeoutError(
                 f"The vLLM engine of {self._spec.name} was not ready after {self._spec.settings.load_timeout:g} s "
                 f"and was stopped in the phase {self._phase.value!r}; raise load_timeout if the model needs longer."
                 + (f" It last said: {said}" if said else "")
+                + left
             )
         if isinstance(failures[0], EngineStartError):  # a lock that another launch holds
             raise failures[0]
-        raise EngineStartError(self._start_failure(failures[0])) from failures[0]
+        raise EngineStartError(self._start_failure(failures[0]) + left) from failures[0]
+
+    def _stop_or_say(self) -> str:
+        """End what was started; a sentence with the processes that could not be killed, "" if there is none."""
+        try:
+            self.stop()
+        except BackendError as error:
+            return f" {error}"
+        return ""
 
     def _log_stacks(self) -> None:
         """Say, before a start that takes too long is ended, what its processes do."""
@@ -263,7 +272,7 @@ class EngineProcesses:
             kill: do not wait for that of the processes.
 
         Raises:
-            BackendError: a process survived SIGKILL for 5 s.
+            BackendError: a process survived SIGKILL for 20 s.
         """
         self._stopping.set()
         self._woken.set()
@@ -285,7 +294,7 @@ class EngineProcesses:
                 self._cleanup.remove(REMOVE_TIMEOUT)
         if left:
             pids = ", ".join(str(process.pid) for process in left)
-            raise BackendError(f"Processes of the vLLM engine of {self._spec.name} could not be killed: pid {pids}")
+            raise BackendError(f"Processes of the vLLM engine of {self._spec.name} could not be killed: pid {pids}.")
 
 
 def _how_ended(children: Iterable[Any]) -> list[str]:

@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, NoReturn
 
 from . import cleanup, stacks, threads
+from .popen import Alive
 
 if TYPE_CHECKING:
     from .zygote.client import ZygoteClient
@@ -54,11 +55,13 @@ class ChildSetup:
         environment: all its variables.
         handles: what it shares with its own children.
         output: write end of the pipe that takes the child's stdout and stderr; None to inherit the parent's.
+        alive: the child's end of the pipe by which the parent sees its end, and it the parent's; a descriptor there.
     """
 
     environment: Mapping[str, str] = field(default_factory=dict)
     handles: InheritedHandles = InheritedHandles()
     output: Connection | None = None
+    alive: int | Alive = field(default_factory=Alive)
 
 
 was_forked = False  # by the zygote
@@ -83,7 +86,9 @@ def run(setup: ChildSetup, call: bytes) -> None:
     global _handles
     parent = multiprocessing.parent_process()
     if parent is not None:
-        bind_to(parent.sentinel)
+        assert isinstance(setup.alive, int)
+        kill_with(setup.alive)
+        threading.Thread(target=_exit_with, args=(parent.sentinel,), name="parent-watch", daemon=True).start()
     _handles = setup.handles
     set_environment(setup.environment)
     _report_start()
@@ -121,23 +126,18 @@ def exit_fast(exit_code: int) -> NoReturn:
         os._exit(exit_code)
 
 
-def bind_to(sentinel: int) -> None:
-    """End this process, whatever it is doing, when the write end of the pipe ``sentinel`` is closed.
+def kill_with(fd: int) -> None:
+    """Have the kernel kill this process, where it can, when the other end of the pipe ``fd`` is closed.
 
-    A thread does so in a process that runs. The kernel also ends one that is stopped or never releases the interpreter
-    lock; unlike with PR_SET_PDEATHSIG, when the parent process ends and not the thread that started the child.
+    Also one that is stopped or never releases the interpreter lock; unlike with PR_SET_PDEATHSIG, when the parent
+    process ends and not the thread that started the child. No byte may pass the pipe: the kernel tells of that, too,
+    and only after the other end has seen it.
     """
-    kill_with(sentinel)
-    threading.Thread(target=_exit_with, args=(sentinel,), name="parent-watch", daemon=True).start()
-
-
-def kill_with(sentinel: int) -> None:
-    """Have the kernel kill this process when the write end of the pipe ``sentinel`` is closed, where it can."""
     with contextlib.suppress(AttributeError, OSError):  # no F_SETSIG: not Linux
-        fcntl.fcntl(sentinel, fcntl.F_SETOWN, os.getpid())
-        fcntl.fcntl(sentinel, fcntl.F_SETSIG, signal.SIGKILL)
-        fcntl.fcntl(sentinel, fcntl.F_SETFL, fcntl.fcntl(sentinel, fcntl.F_GETFL) | os.O_ASYNC)
-    if wait([sentinel], 0):  # it was closed before
+        fcntl.fcntl(fd, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
+    if wait([fd], 0):  # it was closed before
         os._exit(1)
 
 

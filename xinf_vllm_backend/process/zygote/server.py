@@ -36,7 +36,7 @@ def serve(
     """What the zygote runs; returns when its model process has ended, and in each child when that has run."""
     parent = parent_process()
     assert parent is not None and parent.sentinel is not None
-    bootstrap.kill_with(parent.sentinel)
+    bootstrap.kill_with(alive)
     on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the model process
     set_title("xinf-vllm zygote")
     gc.disable()  # what imports make is kept, and pages of frozen objects stay shared with the children
