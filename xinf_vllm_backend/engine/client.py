@@ -25,9 +25,10 @@ from ..errors import (
     RequestQuarantinedError,
 )
 from ..settings import Settings
-from . import quarantine
+from . import quarantine, replay
 from .death import RequestInFlight
 from .journal import Entry, Journal
+from .replay import Record
 from .seams import core_client, exceptions, resuming
 
 logger = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ class EngineClient:
         self._gone = asyncio.Event()  # the one that served is lost
         self._error: BackendError | None = None  # why none will serve any more
         self._resending = False
+        self._fed: dict[int, Record] = {}  # those with outputs that AsyncLLM has not taken yet, by their id()
         self._again: dict[tuple[str, Any], tuple[str, tuple[Any, ...]]] = {}  # calls that a new engine needs, too
 
     # -- engines that come and go
@@ -104,6 +106,9 @@ class EngineClient:
     def attach(self, core: Any) -> None:
         """Use the engine behind ``core``, a client that vLLM made, from now on."""
         self._core = self._last = core
+        for record in self._fed.values():  # what AsyncLLM has not taken went with the engine before
+            record.fed = None
+        self._fed.clear()
         self._stale, self._refitting = None, False
         self.journal.aborts_wanted = False
         self._gone = asyncio.Event()
@@ -117,11 +122,16 @@ class EngineClient:
             for method, args in list(self._again.values()):
                 await self._repeat(method, *args)
             await self._try_suspects()
-            while core is self._core and (waiting := self.journal.waiting()):
+            for entry in self.journal:
+                self._feed(entry)
+            while core is self._core and (waiting := self._unsent()):
                 for entry in waiting:
                     await self._resend(entry)
         finally:
             self._resending = False
+
+    def _unsent(self) -> list[Entry]:
+        return [entry for entry in self.journal.waiting() if entry.replay is None]
 
     def lose(self) -> None:
         """The engine died: all that wait for it go on to wait for the next one."""
@@ -178,7 +188,7 @@ class EngineClient:
             await self._until_further(group, left)
 
     def _suspects(self) -> list[Entry]:
-        return quarantine.suspects(self.journal.waiting(), self._settings.max_deaths_per_request)
+        return quarantine.suspects(self._unsent(), self._settings.max_deaths_per_request)
 
     async def _until_further(self, group: list[Entry], timeout: float) -> None:
         """Wait until all of ``group`` made progress or ended, or the engine died; ``timeout`` seconds at most."""
@@ -216,8 +226,49 @@ class EngineClient:
         if refused is not None:
             raise type(refused)(str(refused))
         entry = self.journal.open(*core_client.identify(request), request)
-        if self._core is not None and not self._resending:
+        record = replay.current()
+        if record is not None and record.given:
+            self._replay(entry, record)
+        elif self._core is not None and not self._resending:
             await self._send(entry, request)
+
+    # -- requests that another process has begun
+
+    def _replay(self, entry: Entry, record: Record) -> None:
+        """Give ``entry`` what it was given in another process, and then have the engine go on.
+
+        Raises:
+            EngineStaleError: the engine there had weights that this one has not.
+        """
+        if lost := record.lost_weights(self.changed_weights):
+            self.journal.close((entry.id,))
+            raise EngineStaleError(
+                f"The request {entry.shown_id} cannot go on: its model process died, and the weights it had been given "
+                f"by {lost}() are gone with it; send it again when the model has them."
+            )
+        entry.replay, entry.inexact = record, record.why_inexact(core_client.prompt_ids(entry.request))
+        record.on_read = functools.partial(self._read, entry, record)
+        record.is_wanted = True
+        self._feed(entry)
+
+    def _feed(self, entry: Entry) -> None:
+        """Give ``entry`` the next of what it was given in another process, if its reader waits for that."""
+        record = entry.replay
+        if record is None or not record.is_wanted or self._core is None or record.fed is not None:
+            return
+        outputs = record.feed(entry.id, core_client.prompt_length(entry.request) or 0)
+        self._fed[id(outputs)] = record
+        core_client.feed(self._core, outputs)
+
+    async def _read(self, entry: Entry, record: Record) -> None:
+        """The reader of ``entry`` has read what it was fed."""
+        if record.given:
+            record.is_wanted = True
+            self._feed(entry)
+            return
+        record.on_read = entry.replay = None
+        if not self._resending:
+            await self._resend(entry)
 
     async def _resend(self, entry: Entry) -> None:
         if self._core is None or entry not in self.journal:
@@ -241,7 +292,7 @@ class EngineClient:
             self._end(entry, error)
 
     def _accept_inexact(self, entry: Entry) -> None:
-        why = resuming.inexact(entry.request, entry.tokens)
+        why = entry.inexact or resuming.inexact(entry.request, entry.tokens)
         if why is None:
             return
         if self._settings.resume_inexact == "fail":
@@ -275,6 +326,8 @@ class EngineClient:
                     self._found_dead(core)
                 continue
             if core is self._core:
+                if (record := self._fed.pop(id(outputs), None)) is not None:
+                    record.was_fed()
                 self._end_unresumable(outputs)
                 if aborted := self.journal.deliver(core_client.delivered(outputs.outputs)):
                     core_client.drop(outputs, aborted)

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from ..errors import (
     EngineStartError,
     EngineStoppedError,
 )
-from . import arguments, preload
+from . import arguments, preload, replay
 from .client import EngineClient
 from .death import Death, Ending, RequestInFlight
 from .lifecycle import Lifecycle, State
@@ -122,6 +122,17 @@ class EngineSupervisor:
             engine = core_client.make_async_llm(self._spec.arguments)
         processes.client = processes.client or core_client.client_of(engine)
         return engine
+
+    # -- requests
+
+    def generate(self, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        """AsyncLLM's, noted where the stream is to outlive this process; see :mod:`.replay`."""
+        outputs: AsyncIterator[Any] = self.__getattr__("generate")(prompt, sampling_params, *args, **kwargs)
+        record = replay.current()
+        if record is None:
+            return outputs
+        record.changed_weights = self._client.changed_weights
+        return record.tap(outputs, sampling_params)
 
     # -- watch
 

@@ -135,6 +135,11 @@ def wake(client: Any) -> None:
         queue.put_nowait(RuntimeError("the engine is gone"))
 
 
+def feed(client: Any, outputs: Any) -> None:
+    """Have ``client`` return ``outputs`` as if its engine had sent them."""
+    client.outputs_queue.put_nowait(outputs)
+
+
 def is_dead(client: Any) -> bool:
     """Whether ``client`` knows that its engine is dead."""
     return bool(getattr(getattr(client, "resources", None), "engine_dead", False))
@@ -206,6 +211,12 @@ def prompt_length(request: Any) -> int | None:
     """Number of tokens in the prompt of an ``EngineCoreRequest``; None for a prompt of embeddings."""
     tokens = request.prompt_token_ids
     return None if tokens is None else len(tokens)
+
+
+def prompt_ids(request: Any) -> list[int] | None:
+    """Token ids of the prompt of an ``EngineCoreRequest``; None for a prompt of embeddings."""
+    ids: list[int] | None = request.prompt_token_ids
+    return ids
 
 
 LORA = Seam(
