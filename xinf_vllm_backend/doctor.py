@@ -15,7 +15,7 @@ from packaging.specifiers import SpecifierSet
 from .engine import preload
 from .engine.seams import SEAMS, Seam, start, version
 from .plugin import sub_pools
-from .plugin.push import api_side, model_side
+from .plugin.push import api_side, model_side, served
 from .plugin.xinference_version import SUPPORTED as XINFERENCE
 from .process import tree
 
@@ -55,6 +55,7 @@ def examine() -> list[Finding]:
         _model_processes(),
         _late_cancels(),
         _streams(),
+        _requests(),
         _start_method(),
         _waiting(),
         _virtualenv(),
@@ -145,10 +146,21 @@ def _model_processes() -> Finding:
 
 
 def _streams() -> Finding:
-    reason = api_side.why_pulled() or model_side.why_pulled()
+    reason = _streams_reason()
     found = "pushed to the API by a link" if reason is None else f"pulled item by item: {reason}"
     lost = _lost(reason, api_side.GET_SUPERVISOR)
     return Finding("streams", found, True, lost, degraded=bool(lost))
+
+
+def _requests() -> Finding:
+    reason = _streams_reason() or api_side.why_not_failed_over() or model_side.why_not_failed_over()
+    found = "outlive their model process" if reason is None else f"end with their model process: {reason}"
+    lost = _lost(reason, served.STATUSES)
+    return Finding("requests", found, True, lost, degraded=bool(lost))
+
+
+def _streams_reason() -> str | None:
+    return api_side.why_pulled() or model_side.why_pulled()
 
 
 def _lost(reason: str | None, seam: Seam) -> str:

@@ -100,6 +100,10 @@ class HostSettings(BaseModel):
     push: Literal["on", "off"] = Field(
         "on", description="whether streams are pushed to the API by a link, and not pulled item by item"
     )
+    failover: Literal["on", "off"] = Field(
+        "on",
+        description="whether requests whose model process dies go on with another replica, or with the next process",
+    )
 
     @classmethod
     def resolve(cls) -> HostSettings:

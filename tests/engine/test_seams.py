@@ -21,7 +21,7 @@ from xinf_vllm_backend.engine.seams import (
     version,
 )
 from xinf_vllm_backend.plugin import metrics, middleware, sub_pools
-from xinf_vllm_backend.plugin.push import api_side, model_side
+from xinf_vllm_backend.plugin.push import api_side, ids, model_side, served
 from xinf_vllm_backend.process.context import EngineContext
 
 pytestmark = pytest.mark.engine
@@ -29,7 +29,17 @@ pytestmark = pytest.mark.engine
 
 @pytest.mark.parametrize(
     "seam",
-    (*SEAMS, *sub_pools.SEAMS, *api_side.SEAMS, *model_side.SEAMS, *metrics.SEAMS, *middleware.SEAMS),
+    (
+        *SEAMS,
+        *sub_pools.SEAMS,
+        *api_side.SEAMS,
+        api_side.EVENTS,
+        *model_side.SEAMS,
+        *served.SEAMS,
+        *ids.SEAMS,
+        *metrics.SEAMS,
+        *middleware.SEAMS,
+    ),
     ids=lambda seam: seam.name,
 )
 def test_what_is_installed_has_the_seam(seam: Seam) -> None:

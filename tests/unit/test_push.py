@@ -12,8 +12,11 @@ import pytest
 
 from xinf_vllm_backend.plugin import push
 from xinf_vllm_backend.plugin.push import api_side, model_side
-from xinf_vllm_backend.plugin.push.api_side import Stream
+from xinf_vllm_backend.plugin.push import stream as stream_module
+from xinf_vllm_backend.plugin.push.api_side import Models
+from xinf_vllm_backend.plugin.push.links import Links
 from xinf_vllm_backend.plugin.push.model_side import pushed
+from xinf_vllm_backend.plugin.push.stream import Stream
 from xinf_vllm_backend.process import link
 from xinf_vllm_backend.process.link import Offer, Receiver
 
@@ -151,8 +154,18 @@ class Actor:
         return not (self.serving or self.iterators or self.push_links.status()["streams"])
 
 
-async def ask(actor: Actor, links: api_side.Links, stream: bool = True, messages: Any = ()) -> Any:
-    model = api_side.Model(actor, links)
+async def no_cluster(*_: Any) -> Any:
+    raise ConnectionError
+
+
+def models_by(links: Links) -> Models:
+    models = Models(no_cluster, no_cluster)
+    models.links = links
+    return models
+
+
+async def ask(actor: Actor, links: Links, stream: bool = True, messages: Any = ()) -> Any:
+    model = api_side.Model("model", actor, models_by(links))
     await model.is_vllm_backend()
     return await asyncio.wait_for(model.chat(messages, {"stream": stream}, request_id="1"), TIMEOUT)
 
@@ -164,13 +177,13 @@ async def read(stream: Stream) -> bytes:
             found += item
     finally:
         await stream.aclose()
-        for call in list(api_side._ending):
+        for call in list(stream_module._ending):
             await asyncio.wait([call])
     return found
 
 
-async def answer(actor: Actor, links: api_side.Links | None = None) -> bytes:
-    return await asyncio.wait_for(read(await ask(actor, links or api_side.Links())), TIMEOUT)
+async def answer(actor: Actor, links: Links | None = None) -> bytes:
+    return await asyncio.wait_for(read(await ask(actor, links or Links())), TIMEOUT)
 
 
 CHUNKS = [*map(chunk, range(20)), chunk(20, usage=USAGE)]
@@ -196,14 +209,14 @@ async def test_a_short_stream(count: int) -> None:
 
 async def test_the_slot_is_free_when_the_end_is_read() -> None:
     actor = Actor(Model(CHUNKS))
-    stream = await ask(actor, api_side.Links())
+    stream = await ask(actor, Links())
     async for _ in stream:
         pass
     assert actor.serving == 0
     await stream.aclose()
 
 
-def ends(actor: Actor, links: api_side.Links) -> dict[str, Any]:
+def ends(actor: Actor, links: Links) -> dict[str, Any]:
     (sender,) = actor.push_links._links.values()
     (peer,) = links._peers.values()
     return {"sender": sender, "receiver": peer.link}
@@ -216,7 +229,7 @@ async def test_a_link_that_is_lost_costs_nothing(at: int, end: str) -> None:
         if number == at:
             ends(actor, links)[end].close("cut")
 
-    actor, links = Actor(Model(CHUNKS, cut)), api_side.Links()
+    actor, links = Actor(Model(CHUNKS, cut)), Links()
     assert await answer(actor, links) == WHOLE
     assert actor.asked.count("push_stream") == 1
     assert actor.model.closed == 1
@@ -225,7 +238,7 @@ async def test_a_link_that_is_lost_costs_nothing(at: int, end: str) -> None:
 
 async def test_links_that_are_lost_at_random_moments_cost_nothing() -> None:
     rng = random.Random(5)
-    actor, links = Actor(Model(CHUNKS)), api_side.Links()
+    actor, links = Actor(Model(CHUNKS)), Links()
     for _ in range(200):
         stream = await ask(actor, links)
         if isinstance(stream, Iterator):  # the link was lost before: it is pulled
@@ -256,7 +269,7 @@ async def test_a_link_that_nobody_makes_again_ends_the_stream(monkeypatch: pytes
             actor.offers = False
             actor.cut()
 
-    for module in (api_side, model_side):
+    for module in (stream_module, model_side):
         monkeypatch.setattr(module, "RELINK", 0.1)
     actor = Actor(Model(CHUNKS * 9, cut))
     with pytest.raises((link.LinkLostError, RuntimeError)):
@@ -268,7 +281,7 @@ async def test_a_link_that_nobody_makes_again_ends_the_stream(monkeypatch: pytes
 @pytest.mark.parametrize("at", range(4))
 async def test_an_error_comes_behind_all_that_came_before_it(at: int) -> None:
     actor = Actor(Model([*CHUNKS[:at], ValueError("too bad")]))
-    stream = await ask(actor, api_side.Links())
+    stream = await ask(actor, Links())
     found = b""
     with pytest.raises(ValueError, match="too bad"):
         async for item in stream:
@@ -282,13 +295,13 @@ async def test_an_error_comes_behind_all_that_came_before_it(at: int) -> None:
 async def test_a_request_that_is_refused_raises_before_there_is_a_stream() -> None:
     actor = Actor(Model(CHUNKS))
     with pytest.raises(RuntimeError, match="Rate limit"):
-        await ask(actor, api_side.Links(), messages="too many")
+        await ask(actor, Links(), messages="too many")
     assert actor.is_clear()
 
 
 @pytest.mark.parametrize("after", [0, 1, 2, 7])
 async def test_a_reader_that_leaves_ends_the_stream(after: int) -> None:
-    actor, links = Actor(Model([*CHUNKS * 1000])), api_side.Links()
+    actor, links = Actor(Model([*CHUNKS * 1000])), Links()
     stream = await ask(actor, links)
     for _ in range(after):
         await asyncio.wait_for(anext(stream), TIMEOUT)
@@ -308,7 +321,7 @@ async def test_a_reader_that_leaves_while_the_request_waits_ends_it() -> None:
         await asyncio.Event().wait()
 
     actor.chat = chat  # type: ignore[method-assign]
-    asking = asyncio.ensure_future(ask(actor, api_side.Links()))
+    asking = asyncio.ensure_future(ask(actor, Links()))
     await asyncio.wait_for(admitted.wait(), TIMEOUT)
     asking.cancel()
     await asyncio.wait([asking])
@@ -318,7 +331,7 @@ async def test_a_reader_that_leaves_while_the_request_waits_ends_it() -> None:
 
 async def test_a_reader_that_is_slow_slows_its_own_stream_alone() -> None:
     big = [chunk(number, filler="x" * 10_000) for number in range(100)]
-    actor, links = Actor(Model(big)), api_side.Links()
+    actor, links = Actor(Model(big)), Links()
     stream = await ask(actor, links)
     found = await anext(stream)
     actor.model = Model(CHUNKS * 20)
@@ -334,15 +347,16 @@ def test_an_event_is_what_xinference_writes() -> None:
 
 
 async def test_what_does_not_stream_and_other_engines_are_asked_as_ever() -> None:
-    actor, other, links = Actor(Model(CHUNKS)), Actor(Model(CHUNKS), is_vllm=False), api_side.Links()
+    actor, other, links = Actor(Model(CHUNKS)), Actor(Model(CHUNKS), is_vllm=False), Links()
     assert await ask(actor, links, stream=False) == {"id": 1}
-    assert isinstance(await ask(other, api_side.Links()), Iterator)
-    assert "push_stream" not in actor.asked + other.asked
+    assert isinstance(await ask(other, Links()), Iterator)
+    assert actor.asked.count("chat") == 1 and actor.is_clear()
+    assert "push_stream" not in other.asked
     assert "offer_push_link" not in other.asked
 
 
 async def test_a_model_that_offers_no_link_is_asked_as_ever_and_seldom(caplog: pytest.LogCaptureFixture) -> None:
-    actor, links = Actor(Model(CHUNKS), offers=False), api_side.Links()
+    actor, links = Actor(Model(CHUNKS), offers=False), Links()
     for _ in range(3):
         assert isinstance(await ask(actor, links), Iterator)
     assert actor.asked.count("offer_push_link") == 1
@@ -356,19 +370,19 @@ async def test_a_request_whose_link_is_lost_on_the_way_is_asked_as_ever() -> Non
             return await super().push_stream(*args)
 
     actor = Slow(Model(CHUNKS))
-    assert isinstance(await ask(actor, api_side.Links()), Iterator)
+    assert isinstance(await ask(actor, Links()), Iterator)
     assert actor.asked.count("chat") == 1
 
 
 async def test_many_at_once_share_one_link() -> None:
-    actor, links = Actor(Model(CHUNKS)), api_side.Links()
+    actor, links = Actor(Model(CHUNKS)), Links()
     assert await asyncio.gather(*(answer(actor, links) for _ in range(20))) == [WHOLE] * 20
     assert actor.asked.count("offer_push_link") == 1
     assert actor.push_links.status() == {"links": 1, "streams": 0}
 
 
 async def test_a_link_that_was_lost_before_is_made_again() -> None:
-    actor, links = Actor(Model(CHUNKS)), api_side.Links()
+    actor, links = Actor(Model(CHUNKS)), Links()
     assert await answer(actor, links) == WHOLE
     ends(actor, links)["receiver"].close("cut")
     assert await answer(actor, links) == WHOLE
@@ -422,7 +436,7 @@ class TestSupervisor:
         self, cluster: Cluster, requests: int, between: Callable[[Any], Any] = lambda _: None, stream: bool = True
     ) -> list[str]:
         """What the supervisor is asked for the last of some requests."""
-        supervisor = api_side.Supervisor(cluster, api_side.Links(), api_side.Answers())
+        supervisor = api_side.Supervisor(cluster, models_by(Links()), api_side.Answers())
         for _ in range(requests):
             await self.request(supervisor, stream)
         cluster.asked.clear()
@@ -445,7 +459,7 @@ class TestSupervisor:
         cluster = Cluster(Actor(Model(CHUNKS)))
 
         def end(supervisor: api_side.Supervisor) -> None:
-            ends(cluster.actor, supervisor._links)["receiver"].close("cut")
+            ends(cluster.actor, supervisor._models.links)["receiver"].close("cut")
 
         assert await self.asked(cluster, 2, end) == ["get_model"]
 

@@ -16,9 +16,9 @@ from xinf_vllm_backend.plugin import rest_errors
 
 
 class HTTPError(Exception):
-    def __init__(self, status_code: int, detail: str) -> None:
+    def __init__(self, status_code: int, detail: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(detail)
-        self.status_code, self.detail = status_code, detail
+        self.status_code, self.detail, self.headers = status_code, detail, headers
 
 
 class JSONResponse:

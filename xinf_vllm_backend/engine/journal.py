@@ -11,10 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from .replay import Record
+from typing import Any
 
 # A request that got this many tokens since it was last sent is not blamed for a death: what kills an engine each time
 # does so where it did before, give or take the steps whose outputs were lost with it.
@@ -36,7 +33,8 @@ class Entry:
         goal: number of tokens that are progress; more than there can be once it has made some.
         parts: of a prompt that is being streamed, those that were sent and not finished; 0 for any other request.
         streams_input: whether further parts of its prompt may follow.
-        replay: the notes of what it was given in another process, while it is fed them; no engine works on it yet.
+        replay: a :class:`.replay.Record` of what it was given in another process, while it is fed that; no engine works
+            on it yet.
         inexact: why it may not go on as it would have in that process; None where it will.
     """
 
@@ -50,7 +48,7 @@ class Entry:
     goal: int = PROGRESS_TOKENS
     parts: int = 0
     streams_input: bool = False
-    replay: Record | None = None
+    replay: Any = None
     inexact: str | None = None
 
     def sent(self) -> None:

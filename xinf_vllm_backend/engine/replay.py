@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 from array import array
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -18,9 +17,8 @@ from typing import Any
 
 import msgspec
 
+from .journal import PROGRESS_TOKENS
 from .seams import replaying
-
-logger = logging.getLogger(__name__)
 
 LENGTH = 4  # bytes before each note that say how long it is
 
@@ -90,6 +88,7 @@ class Record:
         given: what is left to be fed.
         on_read: called when the reader asks for more than it was fed; None when the engine goes on by itself.
         is_wanted: whether the reader waits for what it is to be fed.
+        on_progress: called once, when the engine has made some of it.
         fed: the outputs that AsyncLLM is to take next; None for none.
         is_noted: whether it can go on elsewhere; False for one of several choices, say.
     """
@@ -100,6 +99,7 @@ class Record:
         self.begun: Begun | None = None
         self.given: deque[Given] = deque()
         self.on_read: Callable[[], Awaitable[None]] | None = None
+        self.on_progress: Callable[[], None] = lambda: None
         self.is_wanted = False
         self.fed: Any = None
         self.is_noted = True
@@ -126,14 +126,19 @@ class Record:
         self._streams += 1
         if self._streams > 1 or not replaying.can_be_noted(params):
             self.is_noted = False
-        return self._tapped(outputs) if self.is_noted else outputs
+        return self._tapped(outputs)
 
     async def _tapped(self, outputs: Any) -> AsyncIterator[Any]:
         seen = sum(len(given.tokens) for given in self.given)
+        made = 0
         async with contextlib.aclosing(outputs):
             async for output in outputs:
                 if self.on_read is None:
-                    seen = self._note(output, seen)
+                    if self.is_noted:
+                        seen = self._note(output, seen)
+                    made += 1
+                    if made == PROGRESS_TOKENS:
+                        self.on_progress()
                 yield output
                 if self.on_read is not None:
                     await self.on_read()

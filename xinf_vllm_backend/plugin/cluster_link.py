@@ -13,6 +13,7 @@ from ..engine.phase import Phase
 # Under "xinference", or Xinference's own handlers drop it.
 logger = logging.getLogger("xinference.vllm_backend")
 
+GIVEN_UP = "was given up: "  # in the event of a model that is not started again
 TELL_TIMEOUT = 2.0  # seconds; a message may not hold up a load or a recovery
 DEATHS, RESTARTS, INEXACT = "xinf_vllm_engine_deaths", "xinf_vllm_engine_restarts", "xinf_vllm_requests_inexact"
 # By name, what each counts; the exporter shows NAME as xinference:NAME_total, without the "xinf_".

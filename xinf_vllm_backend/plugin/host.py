@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import os
 import re
@@ -35,7 +36,7 @@ from . import (
     request_arguments,
 )
 from .cluster_link import ClusterLink
-from .push import model_side
+from .push import ids, model_side
 
 logger = logging.getLogger("xinference.vllm_backend")
 
@@ -112,6 +113,7 @@ class HostedModel(VLLMModel):
         self._settings = Settings.resolve(self._options)
         metrics.install_in_model_process()
         model_side.install_in_model_process()
+        ids.install()
         if self._loop is not None:
             self._link = ClusterLink(self.model_family.address, self.raw_model_uid)
         self._show(Phase.ENVIRONMENT)
@@ -277,7 +279,28 @@ class HostedModel(VLLMModel):
         """
         if (reason := model_side.why_pulled()) is not None:
             raise RuntimeError(f"The model {self.raw_model_uid} pushes no streams: {reason}.")
-        return await self.push_links.offer(self.model_family.address.rpartition(":")[0])
+        self.push_links.fingerprint = self._fingerprint()
+        offered = await self.push_links.offer(self.model_family.address.rpartition(":")[0])
+        return offered | {"failover": self._failover()}
+
+    def _failover(self) -> dict[str, Any] | None:
+        """What an API process has to know to have requests outlive this process; None if they do not."""
+        if not self._is_ours() or model_side.why_not_failed_over() is not None:
+            return None
+        given = self._settings
+        return {"recovery_timeout": given.recovery_timeout, "max_deaths": given.max_deaths_per_request}
+
+    def _fingerprint(self) -> str:
+        """Of what decides how a request goes on: the weights, and all that the launch gave."""
+        spec = self.model_spec
+        of_weights = (
+            self.model_family.model_name,
+            spec.model_format,
+            str(spec.model_size_in_billions),
+            self.quantization,
+        )
+        given = sorted((name, repr(value)) for name, value in self._model_config.items() if name in self._given)
+        return hashlib.blake2b(repr((of_weights, given, version.version())).encode(), digest_size=8).hexdigest()
 
     async def engine_status(self) -> dict[str, Any]:
         """State, processes and past deaths of this replica's engine, as plain data."""

@@ -29,6 +29,8 @@ STATUS: dict[type[Exception], int] = {
     RequestQuarantinedError: 500,  # it must not be sent again as it is
     RequestError: 503,
 }
+UNAVAILABLE = 503
+RETRY_AFTER = 30  # seconds after which a client may try again
 _NOT_FOR_CLIENTS = "The model cannot serve the request; send it again later. Xinference's log has the cause."
 _ACTOR = re.compile(r"^(?:\[address=[^\]]*\] )+")
 _BODIES = ("CreateCompletionRequest", "CreateChatCompletion")
@@ -72,7 +74,7 @@ def install(app: Any) -> None:
     def handle(error: Exception, *, sanitize: bool = False) -> None:
         ours = answer_to(error)  # fit for clients, sanitized or not
         if ours is not None:
-            raise HTTPException(status_code=ours[0], detail=ours[1])
+            raise HTTPException(*ours, {"Retry-After": str(RETRY_AFTER)} if ours[0] == UNAVAILABLE else None)
         original(error, sanitize=sanitize)
 
     RESTfulAPI.handle_request_limit_error = staticmethod(handle)

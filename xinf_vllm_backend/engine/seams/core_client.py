@@ -123,8 +123,8 @@ def _renew_engine_id(transfer: Any) -> None:
 OUTPUTS_QUEUE = Seam(
     "vllm.v1.engine.core_client",
     "AsyncMPClient.outputs_queue",
-    "ending the wait for outputs of a hung engine",
-    "it ends when vLLM sees the engine die",
+    "ending the wait for outputs of a hung engine, and streams that go on after their model process died",
+    "it ends when vLLM sees the engine die, and they fail",
 )
 
 

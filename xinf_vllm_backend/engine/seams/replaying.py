@@ -40,8 +40,7 @@ PREFILL = Seam(
     members=("num_prompt_tokens", "num_cached_tokens"),
 )
 LOGPROBS = Seam("vllm.v1.outputs", "LogprobsLists", OUTPUTS.used_for, OUTPUTS.without, members=("sampled_token_ranks",))
-QUEUE = Seam("vllm.v1.engine.core_client", "AsyncMPClient.outputs_queue", OUTPUTS.used_for, OUTPUTS.without)
-SEAMS = (OUTPUTS, CHOICE, KINDS, MADE, REASONS, PREFILL, LOGPROBS, QUEUE)
+SEAMS = (OUTPUTS, CHOICE, KINDS, MADE, REASONS, PREFILL, LOGPROBS)
 
 _STOPPED = {"stop": "STOP", "length": "LENGTH"}  # the reasons that an engine gives, and that can be given again
 
@@ -107,4 +106,3 @@ def _lists(rows: Any) -> Any:
         [np.array(logprobs, dtype=np.float32) for _, logprobs, _ in rows],
         [np.int64(rank) for _, _, rank in rows],
     )
-

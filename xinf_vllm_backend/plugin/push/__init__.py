@@ -13,6 +13,7 @@ from ...settings import HostSettings, variable
 # stream goes on by another link.
 PUSH = "push_stream"
 AGAIN = "push_stream_again"
+PROGRESS = b"+"  # note of an item without a chunk: the engine works on the request
 RELINK = 60.0  # seconds that a stream whose link is lost waits for another
 
 
@@ -24,7 +25,18 @@ def why_pulled(seams: Iterable[Seam]) -> str | None:
     """Why no stream is pushed in this process, which needs ``seams``; None if they may be."""
     if gone := [seam.name for seam in seams if not seam.present()]:
         return f"there is no {', '.join(gone)}"
+    return _why_off("push")
+
+
+def why_not_failed_over(seams: Iterable[Seam] = ()) -> str | None:
+    """Why no request outlives a model process, to this process, which needs ``seams``; None if they do."""
+    if gone := [seam.name for seam in seams if not seam.present()]:
+        return f"there is no {', '.join(gone)}"
+    return _why_off("failover")
+
+
+def _why_off(option: str) -> str | None:
     try:
-        return None if HostSettings.resolve().push == "on" else f"{variable('push')} is off"
+        return None if getattr(HostSettings.resolve(), option) == "on" else f"{variable(option)} is off"
     except BadLaunchArgumentError as error:
         return str(error)

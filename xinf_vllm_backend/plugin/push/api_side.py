@@ -1,7 +1,7 @@
-"""Streams arrive in the API process by a link.
+"""The API process: requests to models of ours go by links, and outlive their model process.
 
 Xinference's API gets its supervisor from one method. What that returns is wrapped, and so are the models that the
-supervisor returns: a streaming chat or generate of ours names a link, and reads from it.
+supervisor returns: a chat or generate of ours names a link, and is read from it.
 """
 
 from __future__ import annotations
@@ -9,17 +9,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import gc
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from ...engine.seams.seam import Seam
-from ...process import link
-from ...process.link import Inlet, LinkLostError, Offer, Receiver
+from ...errors import EngineStoppedError, RequestError
+from ...process.link import LinkLostError
 from .. import push
-from . import AGAIN, PUSH, RELINK, NotBegunError
+from ..rest_errors import RETRY_AFTER, UNAVAILABLE
+from . import NotBegunError
+from .links import ASK, Links
+from .request import Request
+from .served import SEAMS as OUTLIVING
+from .served import Replica, Served
+from .stream import Stream
 
 logger = logging.getLogger("xinference.vllm_backend")
 
@@ -32,9 +37,13 @@ GET_SUPERVISOR = Seam(
 # By which the model process is asked for a link.
 METHODS = Seam("xinference.core.model", "ModelActor.__getattr__", GET_SUPERVISOR.used_for, GET_SUPERVISOR.without)
 SEAMS = (GET_SUPERVISOR, METHODS)
+EVENTS = Seam(
+    "xinference.api.restful_api",
+    "RESTfulAPI._get_event_collector_ref",
+    "telling waiting requests that their model is not started again",
+    "they wait for all of recovery_timeout",
+)
 
-ASK = 10.0  # seconds for a model to offer a link, and to end a stream
-RETRY = 30.0  # seconds after which a link that could not be made is tried again
 KNOWN = 1.0  # seconds that an answer of the supervisor is kept
 # Calls of the supervisor that change nothing of what is kept begin with one of these.
 _ASKING = ("get_", "list_", "describe_", "is_", "resolve_", "report_", "query_")
@@ -47,13 +56,20 @@ def install(api: Any) -> None:
         logger.warning("Streams are pulled item by item, not pushed: %s", reason)
         return
     original = api._get_supervisor_ref
-    links, answers = Links(), Answers()
+    models, answers = Models(original, functools.partial(_events, api)), Answers()
 
     @functools.wraps(original)
     async def get_supervisor_ref() -> Any:
-        return Supervisor(await original(), links, answers)
+        return Supervisor(await original(), models, answers)
 
     api._get_supervisor_ref = get_supervisor_ref
+
+
+async def _events(api: Any, model_uid: str) -> list[dict[str, Any]]:
+    if not EVENTS.present():
+        return []
+    found: list[dict[str, Any]] = await (await api._get_event_collector_ref()).get_model_events(model_uid)
+    return found
 
 
 def why_pulled() -> str | None:
@@ -61,46 +77,137 @@ def why_pulled() -> str | None:
     return push.why_pulled(SEAMS)
 
 
+def why_not_failed_over() -> str | None:
+    """Why no request of an API process of this host outlives its model process; None if those by links do."""
+    return push.why_not_failed_over(OUTLIVING)
+
+
 class Answers:
-    """What the supervisor answered, kept for a moment."""
+    """What the supervisor answered, kept for a moment; the last answers are kept for when it cannot answer."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, str], tuple[float, Any]] = {}
+        self._last: dict[tuple[str, str], Any] = {}
 
     def clear(self) -> None:
         self._kept.clear()
+
+    def forget(self, model_uid: str) -> None:
+        """Keep nothing of a model that is no more."""
+        self._last = {asked: answer for asked, answer in self._last.items() if asked[1] != model_uid}
 
     def get(self, method: str, model_uid: str) -> Any:
         """None if it is not kept."""
         until, answer = self._kept.get((method, model_uid), (0.0, None))
         return answer if time.monotonic() < until else None
 
+    def last(self, method: str, model_uid: str) -> Any:
+        """None if there was none."""
+        return self._last.get((method, model_uid))
+
     def keep(self, method: str, model_uid: str, answer: Any) -> None:
         now = time.monotonic()
         self._kept = {asked: kept for asked, kept in self._kept.items() if now < kept[0]}
         self._kept[method, model_uid] = now + KNOWN, answer
+        self._last[method, model_uid] = answer
+
+
+class Models:
+    """The models that have served here.
+
+    Args:
+        supervisor: returns Xinference's supervisor.
+        events: returns the events of a model.
+    """
+
+    def __init__(
+        self, supervisor: Callable[[], Awaitable[Any]], events: Callable[[str], Awaitable[list[dict[str, Any]]]]
+    ) -> None:
+        self.links = Links()
+        self._supervisor = supervisor
+        self._events = events
+        self._served: dict[str, Served] = {}
+
+    def get(self, model_uid: str) -> Served | None:
+        """None for one that has not served, or is no more."""
+        served = self._served.get(model_uid)
+        if served is not None and served.ended is not None:
+            del self._served[model_uid]
+            return None
+        return served
+
+    def end(self, model_uid: str) -> None:
+        """It is terminated: no request waits for it."""
+        if (served := self._served.pop(model_uid, None)) is not None:
+            served.end(EngineStoppedError(f"The model {model_uid} was stopped while the request ran; send it again."))
+
+    def forget(self, model_uid: str) -> None:
+        """It is not there, and nobody knows whether it will be."""
+        self._served.pop(model_uid, None)
+
+    def changed(self) -> None:
+        """Replicas may have come or gone."""
+        for served in self._served.values():
+            served.forget()
+
+    async def linked(self, model_uid: str, ref: Any) -> tuple[Replica, Served | None] | None:
+        """The replica ``ref``, and its model if requests outlive its process; None if there is no link."""
+        peer = await self.links.linked(ref)
+        if peer is None or peer.current() is None:
+            return None
+        uid = ref.uid.decode()
+        if peer.failover is None or why_not_failed_over() is not None:
+            return Replica(uid, ref, peer), None
+        served = self.get(model_uid)
+        if served is None:
+            events = functools.partial(self._events, model_uid)
+            served = self._served[model_uid] = Served(model_uid, self.links, self._supervisor, events, peer.failover)
+        return served.adopt(uid, ref, peer), served
 
 
 class Supervisor:
     """The reference of Xinference's supervisor, whose models push."""
 
-    def __init__(self, ref: Any, links: Links, answers: Answers) -> None:
+    def __init__(self, ref: Any, models: Models, answers: Answers) -> None:
         self._ref = ref
-        self._links = links
+        self._models = models
         self._answers = answers
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith(_ASKING):
             self._answers.clear()
+            self._models.changed()
         return getattr(self._ref, name)
 
+    async def terminate_model(self, model_uid: str, *args: Any, **kwargs: Any) -> Any:
+        self._answers.clear()
+        self._answers.forget(model_uid)
+        self._models.end(model_uid)
+        return await self._ref.terminate_model(model_uid, *args, **kwargs)
+
     async def get_model(self, model_uid: str, *args: Any, **kwargs: Any) -> Any:
+        served = self._models.get(model_uid)
+        if served is not None and not served.is_overdue():
+            return Model(model_uid, (await self._waited(served)).ref, self._models)
         known = self._answers.get("get_model", model_uid)
-        if known is None or not self._links.has(known):  # a link that is lost tells of the end of the model process
-            known = await self._ref.get_model(model_uid, *args, **kwargs)
-            if self._links.has(known) and await self._is_alone(model_uid):
+        if known is None or not self._models.links.has(known):  # a link that is lost tells of the process's end
+            try:
+                known = await self._ref.get_model(model_uid, *args, **kwargs)
+            except ValueError:
+                self._models.forget(model_uid)
+                raise
+            if self._models.links.has(known) and await self._is_alone(model_uid):
                 self._answers.keep("get_model", model_uid, known)
-        return Model(known, self._links)
+        return Model(model_uid, known, self._models)
+
+    async def _waited(self, served: Served) -> Replica:
+        """A replica that lives."""
+        from fastapi import HTTPException
+
+        try:
+            return await served.replica_for()
+        except RequestError as error:
+            raise HTTPException(UNAVAILABLE, str(error), {"Retry-After": str(RETRY_AFTER)}) from None
 
     async def _is_alone(self, model_uid: str) -> bool:
         """Whether the model has one replica; of several the supervisor chooses one for each request."""
@@ -111,9 +218,16 @@ class Supervisor:
 
     async def describe_model(self, model_uid: str, *args: Any, **kwargs: Any) -> Any:
         known = self._answers.get("describe_model", model_uid)
-        if known is None:
+        if known is not None:
+            return known
+        try:
             known = await self._ref.describe_model(model_uid, *args, **kwargs)
-            self._answers.keep("describe_model", model_uid, known)
+        except Exception:  # it asks the first replica, which may be loading
+            known = self._answers.last("describe_model", model_uid)
+            if known is None or self._models.get(model_uid) is None:
+                raise
+            return known
+        self._answers.keep("describe_model", model_uid, known)
         return known
 
     async def resolve_token_router_runtime(self, model_uid: str, *args: Any, **kwargs: Any) -> Any:
@@ -127,220 +241,51 @@ class Supervisor:
 
 
 class Model:
-    """The reference of a model, whose streams are read from a link if it has one."""
+    """The reference of a model, whose answers come by a link if it has one."""
 
-    def __init__(self, ref: Any, links: Links) -> None:
+    def __init__(self, model_uid: str, ref: Any, models: Models) -> None:
+        self._model_uid = model_uid
         self._ref = ref
-        self._links = links
+        self._models = models
+        self._stream: Stream | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ref, name)
 
     async def is_vllm_backend(self) -> bool:
-        return await self._links.is_vllm(self._ref)
+        return await self._models.links.is_vllm(self._ref)
 
     async def chat(self, *args: Any, **kwargs: Any) -> Any:
-        return await self._links.call(self._ref, "chat", args, kwargs)
+        return await self._call("chat", args, kwargs)
 
     async def generate(self, *args: Any, **kwargs: Any) -> Any:
-        return await self._links.call(self._ref, "generate", args, kwargs)
+        return await self._call("generate", args, kwargs)
 
+    async def abort_request(self, *args: Any, **kwargs: Any) -> Any:
+        ref = self._ref if self._stream is None else self._stream.ref  # the one that works on it now
+        return await asyncio.wait_for(ref.abort_request(*args, **kwargs), ASK)
 
-class _Peer:
-    """What this process knows of a model process."""
-
-    def __init__(self) -> None:
-        self.making = asyncio.Lock()
-        self.name = ""
-        self.link: Receiver | None = None
-        self.not_before = 0.0
-
-    def current(self) -> Receiver | None:
-        return self.link if self.link is not None and self.link.lost is None else None
-
-    def is_of_use(self) -> bool:
-        return self.current() is not None or self.making.locked() or time.monotonic() < self.not_before
-
-
-class Links:
-    """The links of an API process, one for each model process."""
-
-    def __init__(self) -> None:
-        self._peers: dict[tuple[str, bytes], _Peer] = {}
-
-    def has(self, ref: Any) -> bool:
-        """Whether there is a link to the model ``ref``."""
-        peer = self._peers.get((ref.address, ref.uid))
-        return peer is not None and peer.current() is not None
-
-    async def is_vllm(self, ref: Any) -> bool:
-        if self.has(ref):  # else another process may have the address
-            return True
-        if not await ref.is_vllm_backend():
-            return False
-        self._peers.setdefault((ref.address, ref.uid), _Peer())
-        return True
-
-    async def call(self, ref: Any, method: str, args: Any, kwargs: Any) -> Any:
-        """Call ``method`` of the model ``ref``, and have it push the stream, if it is one."""
-        config = args[1] if len(args) > 1 else kwargs.get("generate_config")
-        is_stream = isinstance(config, dict) and config.get("stream")
-        peer = await self._linked(ref)  # by which it is known that the process lives, too
-        if is_stream and peer is not None and (current := peer.current()) is not None:
-            inlet = current.open()
-            call = asyncio.ensure_future(getattr(ref, PUSH)(method, peer.name, inlet.key, args, kwargs))
-            with contextlib.suppress(NotBegunError):
-                return await Stream(call, inlet, functools.partial(self._again, ref, (peer.name, inlet.key))).begun()
-        return await getattr(ref, method)(*args, **kwargs)
-
-    async def _linked(self, ref: Any, now: bool = False) -> _Peer | None:
-        """What is known of the model ``ref``, with a link if one can be made; None if it is none of vLLM's.
-
-        Args:
-            now: even if it could not be made a moment ago.
-        """
-        peer = self._peers.get((ref.address, ref.uid))
-        if peer is None:
-            return None
-        if peer.current() is None and (now or time.monotonic() >= peer.not_before):
-            async with peer.making:
-                if peer.current() is None and (now or time.monotonic() >= peer.not_before):
-                    await self._make(peer, ref)
-        return peer
-
-    async def _make(self, peer: _Peer, ref: Any) -> None:
-        try:
-            offered = dict(await asyncio.wait_for(ref.offer_push_link(), ASK))
-            name = str(offered.pop("id"))
-            peer.link, peer.name = await link.accept(Offer(**offered)), name
-            gc.freeze()  # as at the start; the first requests import more
-        except Exception as error:  # whatever it is, the streams are pulled
-            peer.not_before = time.monotonic() + RETRY
-            logger.warning("Streams of %s are pulled item by item, there is no link: %s", ref.uid, error)
-        self._peers = {known: other for known, other in self._peers.items() if other.is_of_use()}
-        self._peers[ref.address, ref.uid] = peer
-
-    async def _again(self, ref: Any, first: tuple[str, int], received: int) -> Inlet:
-        """The stream that began as ``first``, behind the ``received`` items, by another link.
-
-        Raises:
-            LinkLostError: there is no other.
-            Exception: what the actor call raised.
-        """
-        peer = await self._linked(ref, now=True)
-        if peer is None or (current := peer.current()) is None:
-            raise LinkLostError(f"There is no link to {ref.uid!r}.")
-        inlet = current.open()
-        try:
-            await asyncio.wait_for(getattr(ref, AGAIN)(first, peer.name, inlet.key, received), ASK)
-        except BaseException:
-            inlet.close()
-            raise
-        return inlet
-
-
-class Stream:
-    """The items of a streaming request, as they arrive; several chunks may be one item.
-
-    Args:
-        call: the actor call that lasts as long as the stream.
-        inlet: of the link.
-        again: given how many items have been received, returns the inlet of another link.
-    """
-
-    def __init__(self, call: asyncio.Future[Any], inlet: Inlet, again: Callable[[int], Any]) -> None:
-        self._call = call
-        self._inlet = inlet
-        self._again = again
-        self._before = 0  # items received by the links before
-        self._waiter: asyncio.Future[None] | None = None
-        call.add_done_callback(self._wake)
-        inlet.on_change = self._wake
-
-    async def begun(self) -> Any:
-        """This stream when it is admitted; what the call returns if it makes none.
-
-        Raises:
-            Exception: what the call raised.
-        """
-        try:
-            while not self._inlet.received:
-                if self._call.done():
-                    self._inlet.close()
-                    return self._call.result()
-                if self._inlet.lost:
-                    await self._relink()
-                else:
-                    await self._change()
-        except BaseException:
-            await self.aclose()
-            raise
-        return self
-
-    def __aiter__(self) -> Stream:
-        return self
-
-    async def __anext__(self) -> bytes:
-        while True:
-            if chunks := b"".join([data for data, _ in self._inlet.take()]):
-                return chunks
-            if self._inlet.ended:
-                raise StopAsyncIteration
-            if self._call.done():
-                raise self._call.exception() or LinkLostError("The stream ended, and its end was lost.")
-            if self._inlet.lost:
-                await self._relink()
-            else:
-                await self._change()
-
-    async def _relink(self) -> None:
-        """Go on by another link; returns when there is one, or the call has ended."""
-        self._before += self._inlet.received
-        until = time.monotonic() + RELINK
-        while not self._call.done():
+    async def _call(self, method: str, args: Any, kwargs: Any) -> Any:
+        request = Request(method, args, kwargs)
+        stream = await self._stream_of(request)
+        if stream is not None:
+            self._stream = stream
             try:
-                self._inlet = await self._again(self._before)
-            except Exception as error:  # the model process may be stopped, or gone
-                if time.monotonic() >= until:
-                    raise
-                logger.info("A stream waits for another link: %s", error)
-                await asyncio.wait({self._call}, timeout=1.0)
-            else:
-                self._inlet.on_change = self._wake
-                return
+                return await stream.begun()
+            except NotBegunError:  # and it does not go on
+                self._stream = None
+        return await getattr(self._ref, method)(*args, **kwargs)
 
-    async def _change(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
-
-    def _wake(self, *_: Any) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def aclose(self) -> None:
-        """Release everything; idempotent."""
-        _ending.add(self._call)
-        self._call.add_done_callback(self._ended)
-        if self._inlet.ended and not self._inlet.lost:
-            self._inlet.on_change = self._forget
-            return
-        self._inlet.close()
-        self._call.cancel()
-        if not self._inlet.ended:
-            await asyncio.wait({self._call}, timeout=ASK)  # xoscar asks the model process, which may be stopped
-
-    def _forget(self) -> None:
-        """The link is lost behind the end: the call would wait for another one."""
-        self._call.cancel()
-
-    def _ended(self, call: asyncio.Future[Any]) -> None:
-        self._inlet.close()
-        _ending.discard(call)
-        if not call.cancelled() and (error := call.exception()) is not None:
-            logger.debug("A stream was not ended: %s", error)
-
-
-_ending: set[asyncio.Future[Any]] = set()  # calls whose streams are closed, kept until they are done
+    async def _stream_of(self, request: Request) -> Stream | None:
+        """None where there is no link."""
+        served = self._models.get(self._model_uid)
+        if served is None:
+            linked = await self._models.linked(self._model_uid, self._ref)
+            if linked is None or linked[1] is None:
+                return None if linked is None else Stream(request, self._models.links, linked[0])
+            served = linked[1]
+        while (replica := await served.replica_for(request)).peer is not None:
+            with contextlib.suppress(LinkLostError):  # just now
+                return Stream(request, self._models.links, replica, served)
+        self._ref = replica.ref
+        return None

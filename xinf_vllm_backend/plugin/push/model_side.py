@@ -12,18 +12,22 @@ import contextlib
 import functools
 import json
 import logging
+import random
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
+from ...engine import replay
+from ...engine.replay import Record
+from ...engine.seams import core_client, replaying
 from ...engine.seams.seam import Seam
 from ...process import link
 from ...process.link import LinkLostError, Outlet, Sender
 from .. import push
-from . import AGAIN, PUSH, RELINK, NotBegunError
+from . import AGAIN, PROGRESS, PUSH, RELINK, NotBegunError, ids
 
 logger = logging.getLogger("xinference.vllm_backend")
 
@@ -47,6 +51,11 @@ def why_pulled() -> str | None:
     return push.why_pulled(SEAMS)
 
 
+def why_not_failed_over() -> str | None:
+    """Why no request outlives this process; None if those whose streams are pushed do."""
+    return push.why_not_failed_over((*replaying.SEAMS, core_client.OUTPUTS_QUEUE))
+
+
 def install_in_model_process() -> None:
     """Give the model actor the methods that an API process calls; idempotent."""
     if all(seam.present() for seam in SEAMS):
@@ -62,14 +71,27 @@ def pushed(fn: F) -> F:
     async def wrapped(*args: Any, **kwargs: Any) -> Any:
         pump = _pump.get()
         _pump.set(None)  # a method that this one calls does not push
-        result = await fn(*args, **kwargs)
+        with contextlib.nullcontext() if pump is None else pump.making():
+            result = await fn(*args, **kwargs)
         return pump.stand_in_for(result) if pump is not None and hasattr(result, "__aiter__") else result
 
     return wrapped  # type: ignore[return-value]
 
 
-async def _push(actor: Any, method: str, name: str, key: int, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+async def _push(
+    actor: Any,
+    method: str,
+    name: str,
+    key: int,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    asked: dict[str, Any] | None = None,
+) -> Any:
     """Call ``method`` of ``actor``, and write its stream to the link ``name``.
+
+    Args:
+        asked: of a stream that may go on in another process: the ``seed`` of its ids, and if it has begun in another,
+            the ``notes`` and the number of ``chunks`` that the reader has.
 
     Returns:
         what ``method`` returned if that is no stream; None when all of the stream has arrived.
@@ -79,11 +101,10 @@ async def _push(actor: Any, method: str, name: str, key: int, args: Sequence[Any
         LinkLostError: it was lost, and there was no other in time.
         Exception: what ``method`` or its stream raised; all chunks before have arrived.
     """
-    with actor.push_links.open(name, key) as pump:
-        iterator = await _called(pump, getattr(actor, method), args, kwargs)
+    with actor.push_links.open(name, key, asked) as pump:
+        iterator = await _called(pump, actor, getattr(actor, method), args, kwargs)
         if not pump.has_stream:
             return iterator
-        iterator._gc_destroy = False  # else by a thread, for which the event loop waits
         pump.put(b"")  # it is admitted
         try:
             await _read(actor, iterator._uid)
@@ -94,14 +115,34 @@ async def _push(actor: Any, method: str, name: str, key: int, args: Sequence[Any
         await pump.finish()
 
 
-async def _called(pump: _Pump, method: Callable[..., Awaitable[Any]], args: Any, kwargs: Any) -> Any:
+async def _called(pump: _Pump, actor: Any, method: Callable[..., Awaitable[Any]], args: Any, kwargs: Any) -> Any:
     """What ``method`` returns, called in a task of its own: an abort by id may cancel it, as long as it lasts."""
     token = _pump.set(pump)
     try:
         calling = asyncio.ensure_future(method(*args, **kwargs))
     finally:
         _pump.reset(token)
-    return await calling
+    try:
+        result = await calling
+    except asyncio.CancelledError:
+        await asyncio.wait({calling}, timeout=RELINK)
+        if pump.has_stream and _has_returned(calling):  # just now, and nobody will read from it
+            calling.result()._gc_destroy = False
+            await _release(actor, calling.result()._uid)
+        raise
+    if pump.has_stream:
+        result._gc_destroy = False  # else by a thread, for which the event loop waits
+    return result
+
+
+def _has_returned(call: asyncio.Future[Any]) -> bool:
+    return call.done() and not call.cancelled() and call.exception() is None
+
+
+async def _release(actor: Any, uid: str) -> None:
+    """Close the iterator ``uid``, and release the slot of its request."""
+    await actor.__xoscar_destroy_generator__(uid)
+    await actor.decrease_serve_count()
 
 
 async def _read(actor: Any, uid: str) -> None:
@@ -113,8 +154,7 @@ async def _read(actor: Any, uid: str) -> None:
         if "StopIteration" not in str(error):  # what xoscar raises at the end
             raise
     finally:
-        await actor.__xoscar_destroy_generator__(uid)
-        await actor.decrease_serve_count()
+        await _release(actor, uid)
 
 
 async def _push_again(actor: Any, first: tuple[str, int], name: str, key: int, received: int) -> None:
@@ -126,10 +166,30 @@ async def _push_again(actor: Any, first: tuple[str, int], name: str, key: int, r
     actor.push_links.again(first, name, key, received)
 
 
+@dataclass
+class Notebook:
+    """What lets a stream go on in another process.
+
+    Attributes:
+        record: what its reader was given.
+        ids: what the ids in its chunks are drawn from.
+        had: number of its chunks that the reader has, from another process.
+    """
+
+    record: Record
+    ids: random.Random
+    had: int
+
+
 class Links:
-    """The links of a model process, one for each API process that asked, and the streams on them."""
+    """The links of a model process, one for each API process that asked, and the streams on them.
+
+    Attributes:
+        fingerprint: of the configuration of the model; set before the first link is offered.
+    """
 
     def __init__(self) -> None:
+        self.fingerprint = ""
         self._links: dict[str, Sender] = {}
         self._pumps: dict[tuple[str, int], _Pump] = {}
 
@@ -151,8 +211,11 @@ class Links:
         return {"id": name, **asdict(await link.offer(host, made, ended))}
 
     @contextlib.contextmanager
-    def open(self, name: str, key: int) -> Iterator[_Pump]:
+    def open(self, name: str, key: int, asked: dict[str, Any] | None = None) -> Iterator[_Pump]:
         """A pump for the stream ``key`` of the link ``name``.
+
+        Args:
+            asked: see :func:`_push`.
 
         Raises:
             NotBegunError: there is no such link.
@@ -161,12 +224,19 @@ class Links:
             outlet = self._outlet(name, key)
         except LinkLostError as error:
             raise NotBegunError(str(error)) from None
-        pump = self._pumps[name, key] = _Pump(outlet)
+        pump = self._pumps[name, key] = _Pump(outlet, self._notebook(asked))
         try:
             yield pump
         finally:
             del self._pumps[name, key]
             pump.close()
+
+    def _notebook(self, asked: dict[str, Any] | None) -> Notebook | None:
+        """None for a stream that ends with its process."""
+        if asked is None:
+            return None
+        record = Record(self.fingerprint, asked.get("notes", b""))
+        return Notebook(record, random.Random(asked["seed"]), asked.get("chunks", 0))
 
     def again(self, first: tuple[str, int], name: str, key: int, received: int) -> None:
         """See :func:`_push_again`."""
@@ -184,13 +254,28 @@ class Links:
 class _Pump:
     """Writes the chunks of a stream to its link, and to the next one if that is lost."""
 
-    def __init__(self, outlet: Outlet) -> None:
+    def __init__(self, outlet: Outlet, notebook: Notebook | None = None) -> None:
         self._outlet = outlet
-        self._unread: deque[tuple[bytes, bool]] = deque()  # items that the receiver may not have, and whether the last
+        self._notebook = notebook
+        self._unread: deque[tuple[bytes, bytes, bool]] = deque()  # data, note, whether the last: not acknowledged
         self._read = 0  # items before these
         self._before = 0  # items before the first on this link
         self._relinked = asyncio.Event()
         self.has_stream = False
+        if notebook is not None:
+            notebook.record.on_progress = self._tell_progress
+
+    def _tell_progress(self) -> None:
+        self.put(b"", PROGRESS)
+
+    @contextlib.contextmanager
+    def making(self) -> Iterator[None]:
+        """While the code runs that makes the stream: have it noted, and its ids drawn again as in another process."""
+        with contextlib.ExitStack() as stack:
+            if self._notebook is not None:
+                stack.enter_context(replay.recording(self._notebook.record))
+                stack.enter_context(ids.drawn_from(self._notebook.ids))
+            yield
 
     def stand_in_for(self, stream: AsyncIterator[Any]) -> AsyncIterator[Any]:
         """What the model actor reads in place of ``stream``."""
@@ -215,13 +300,16 @@ class _Pump:
         """Write all chunks, as long as they are read; the last one."""
         chunk = None
         try:
-            async for chunk in stream:
-                if self._outlet.abandoned:
-                    break
-                self.put(_event(chunk))
-                if not begun.done():
-                    begun.set_result(True)
-                await self._through(Outlet.ready)
+            with self.making():
+                async for chunk in stream:
+                    if self._outlet.abandoned:
+                        break
+                    if self._is_had():
+                        continue
+                    self.put(_event(chunk), self._notes())
+                    if not begun.done():
+                        begun.set_result(True)
+                    await self._through(Outlet.ready)
         finally:
             if not begun.done():
                 begun.set_result(False)
@@ -229,9 +317,19 @@ class _Pump:
                 await stream.aclose()
         return chunk
 
-    def put(self, data: bytes, last: bool = False) -> None:
-        self._unread.append((data, last))
-        self._outlet.put(data, last=last)
+    def _is_had(self) -> bool:
+        """Whether the reader has this chunk from another process."""
+        if self._notebook is None or self._notebook.had == 0:
+            return False
+        self._notebook.had -= 1
+        return True
+
+    def _notes(self) -> bytes:
+        return b"" if self._notebook is None else self._notebook.record.take()
+
+    def put(self, data: bytes, note: bytes = b"", last: bool = False) -> None:
+        self._unread.append((data, note, last))
+        self._outlet.put(data, note, last)
         self._forget_read(self._before + self._outlet.acknowledged)
 
     def _forget_read(self, count: int) -> None:
@@ -276,8 +374,8 @@ class _Pump:
         self._forget_read(received)
         self._outlet.close()
         self._outlet, self._before = outlet, received
-        for data, last in self._unread:
-            outlet.put(data, last=last)
+        for data, note, last in self._unread:
+            outlet.put(data, note, last)
         self._relinked.set()
 
     def close(self) -> None:

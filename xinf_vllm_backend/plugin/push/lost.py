@@ -1,0 +1,33 @@
+"""What an error of an actor call says about the model process."""
+
+from __future__ import annotations
+
+import asyncio
+
+from xoscar.errors import ActorNotExist, ServerClosed
+
+from ...errors import EngineDiedError
+from ...process.link import LinkLostError
+
+
+def is_process_lost(error: BaseException) -> bool:
+    """Whether ``error`` says that the model process is gone, or is just ending.
+
+    What the model itself raised comes with its address, and is no sign of that: it may have lost a connection itself.
+    """
+    if isinstance(error, (ActorNotExist, EngineDiedError)) or "No iterator with id" in str(error):
+        return True
+    if isinstance(error, (LinkLostError, asyncio.TimeoutError)) or getattr(error, "address", None):
+        return False
+    return isinstance(error, (ServerClosed, ConnectionError, EOFError, OSError))
+
+
+def is_silent(error: BaseException) -> bool:
+    """Whether ``error`` says that the model process did not answer in time."""
+    return isinstance(error, asyncio.TimeoutError) and not getattr(error, "address", None)
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether the process may serve the request all the same: by another link, or when it has room for it again."""
+    text = str(error)
+    return isinstance(error, LinkLostError) or "Rate limit reached" in text or "Model is " in text
