@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .seam import Seam
-
-if TYPE_CHECKING:
-    from ..replay import Given
 
 OUTPUTS = Seam(
     "vllm.outputs",
@@ -77,11 +74,12 @@ def _row(token: int, logprobs: Any) -> tuple[list[int], list[float], int]:
     return ids, [logprobs[each].logprob for each in ids], rank
 
 
-def outputs_of(request_id: str, given: Given, cached: int | None, prompt_length: int) -> Any:
+def outputs_of(request_id: str, given: Any, cached: int | None, prompt_length: int) -> Any:
     """The ``EngineCoreOutputs`` by which AsyncLLM is given what is noted.
 
     Args:
         request_id: the internal id.
+        given: a :class:`..replay.Given`.
         cached: tokens of the prompt that were in the KV cache, with what was given first; None with all others.
         prompt_length: tokens of the prompt.
     """
