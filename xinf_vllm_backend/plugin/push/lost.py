@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 
-from xoscar.errors import ActorNotExist, ServerClosed
-
 from ...errors import EngineDiedError
 from ...process.link import LinkLostError
 
@@ -15,6 +13,8 @@ def is_process_lost(error: BaseException) -> bool:
 
     What the model itself raised comes with its address, and is no sign of that: it may have lost a connection itself.
     """
+    from xoscar.errors import ActorNotExist, ServerClosed
+
     if isinstance(error, (ActorNotExist, EngineDiedError)) or "No iterator with id" in str(error):
         return True
     if isinstance(error, (LinkLostError, asyncio.TimeoutError)) or getattr(error, "address", None):

@@ -9,8 +9,6 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import xoscar as xo
-
 from ...engine import quarantine
 from ...engine.seams.seam import Seam
 from ...errors import EngineRestartingError, EngineStoppedError, RequestError, RequestQuarantinedError
@@ -241,6 +239,8 @@ class Served:
 
     async def _statuses(self) -> list[Any]:
         """The ``ReplicaStatus`` of each; the supervisor itself would ask all workers for more."""
+        import xoscar as xo
+
         guard = await xo.actor_ref(address=(await self._supervisor()).address, uid=STATUSES_UID)
         found: list[Any] = await guard.get_replica_statuses(self.model_uid)
         return found
@@ -268,6 +268,8 @@ class Served:
 
     async def _ask_worker(self, replica: Replica) -> None:
         """Find out whether ``replica`` lives, and where."""
+        import xoscar as xo
+
         try:
             worker = await asyncio.wait_for(xo.actor_ref(address=replica.worker, uid=WORKER_UID), ASK)
             ref = await asyncio.wait_for(worker.get_model(model_uid=replica.uid), ASK)
