@@ -37,6 +37,7 @@ from xinf_vllm_backend.process.link import (
     ITEMS,
     RESUMED,
     SILENCE,
+    STUCK,
     TOKEN,
     Inlet,
     LinkLostError,
@@ -745,7 +746,7 @@ class TestAPeerThatSaysNothing:
 
         pushing = asyncio.gather(*map(push_on, range(3)))
         assert len((await peer.items())[1]) == 3
-        for _ in range(20 * int(SILENCE / BEAT)):
+        for _ in range(int(STUCK / BEAT) - 1):
             peer.send(ALIVE)
             clock.move(BEAT)
             await peer.beats(1)
@@ -755,6 +756,21 @@ class TestAPeerThatSaysNothing:
         sender.close()
         with pytest.raises(LinkLostError):
             await soon(pushing)
+
+    @moves_the_clock
+    async def test_but_that_it_is_alive_is_given_up_in_the_end(self, links: Links, clock: Clock) -> None:
+        sender, peer = await links.sender()
+        outlet = sender.open(1)
+        outlet.put(b"a")
+        await peer.items()
+        while sender.lost is None:
+            peer.send(ALIVE)
+            clock.move(BEAT)
+            await asyncio.sleep(0.001)
+        assert "has not acknowledged a frame for 60 s" in sender.lost
+        assert STUCK < clock.ahead < STUCK + 3 * BEAT
+        with pytest.raises(LinkLostError):
+            await soon(outlet.finish())
 
     @moves_the_clock
     async def test_while_we_slept_is_heard_first(self, links: Links, clock: Clock) -> None:

@@ -29,6 +29,7 @@ ANSWER = 5.0  # seconds that the offer has to answer the receiver
 PENDING = 64  # connections of one offer that have not shown the token; the oldest gives way
 BEAT = 2.0  # seconds between heartbeats
 SILENCE = 10.0  # seconds without a word of the peer after which the link is lost
+STUCK = 60.0  # seconds after which a link is lost whose peer lives and does not acknowledge a frame
 MAX_FRAME = 256 << 20  # bytes
 HIGH = 64 << 10  # bytes that wait for a reader: above, its stream is paused until it has taken them
 HELLO = b"xvl1"
@@ -154,8 +155,19 @@ class _End(asyncio.Protocol):
         if now - self._heard > SILENCE:
             self.close(f"the peer was silent for {now - self._heard:.0f} s")
             return
+        if self._is_stuck(overslept):
+            self.close(f"the peer has not acknowledged a frame for {STUCK:.0f} s")
+            return
         self._write(ALIVE)
         self._timer = self._loop.call_later(BEAT, self._beat)
+
+    def _is_stuck(self, overslept: float) -> bool:
+        """Whether the peer lives and does not do its part; called with each heartbeat.
+
+        Args:
+            overslept: seconds that the heartbeat is late.
+        """
+        return False
 
     # -- the end
 
@@ -202,6 +214,7 @@ class Sender(_End):
         self._waiting: list[tuple[Outlet, bytes]] = []
         self._in_flight: Counter[Outlet] = Counter()  # items of each in the frame that is not acknowledged
         self._number = 0  # of the last frame
+        self._sent = 0.0  # when it was sent
         self._scheduled = False
 
     def __len__(self) -> int:
@@ -235,9 +248,14 @@ class Sender(_End):
         items = self._gathered()
         self._in_flight = Counter(outlet for outlet, _ in items)
         self._number = (self._number + 1) & 0xFFFFFFFF
+        self._sent = self._loop.time()
         self._write(ITEMS, _NUMBER.pack(self._number), *(item for _, item in items))
         for outlet, count in self._in_flight.items():
             outlet.flushed(count)
+
+    def _is_stuck(self, overslept: float) -> bool:
+        self._sent += overslept
+        return bool(self._in_flight) and self._loop.time() - self._sent > STUCK
 
     def _gathered(self) -> list[tuple[Outlet, bytes]]:
         """The items that wait, as many as fit in a frame."""
