@@ -264,18 +264,14 @@ def test_each_of_two_api_processes_has_a_link_and_one_that_is_killed_ends_no_str
     assert [stream.finish for stream in ended(theirs)] == [None] * len(theirs)
 
 
-def test_each_replica_has_a_link_and_one_that_is_killed_ends_no_stream_of_the_other(
+def test_each_replica_has_a_link_and_the_streams_of_one_that_is_killed_go_on_at_the_other(
     apart: Cluster, two: str, undisturbed: str
 ) -> None:
     streams = begun(apart, two, 2 * LIMIT)
     assert [links for links, _ in pushes(apart, two)] == [1, 1]
     victim, other = replicas(apart, two)
     psutil.Process(victim["pid"]).kill()
-    ended(streams)
-    lost = sum(stream.finish is None for stream in streams)
-    assert 0 < lost <= LIMIT  # the API may have had all of some
-    assert [stream.text for stream in streams if stream.finish] == [undisturbed] * (2 * LIMIT - lost)
-    assert all(undisturbed.startswith(stream.text) for stream in streams)
+    assert [stream.text for stream in ended(streams)] == [undisturbed] * len(streams)  # as there is room
 
     def is_back() -> bool:
         pids = {replica["pid"] for replica in replicas(apart, two) if replica.get("state") == "ready"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -434,7 +435,11 @@ async def test_one_whose_model_is_given_up_is_told_so(make: Make) -> None:
         if token == 5:
             process.kill()
             api.cluster.is_there = False
-            api.cluster.events += [{"event_content": f"The model m-rep0 {cluster_link.GIVEN_UP}too many deaths"}, {}]
+            texts = {"long ago": 1, "too many deaths": time.time() + 1}
+            api.cluster.events += [
+                {"event_content": f"The model m-rep0 {cluster_link.GIVEN_UP}{why}", "event_ts": ts}
+                for why, ts in texts.items()
+            ]
 
     api = make(1, before, comes_back=False)
     with pytest.raises(EngineStoppedError, match="too many deaths"):

@@ -99,6 +99,7 @@ class Served:
         self._links = links
         self._supervisor = supervisor
         self._events = events
+        self._since = int(time.time())
         self._replicas: dict[str, Replica] = {}
         self._heads: OrderedDict[str, str] = OrderedDict()  # replicas by what they have seen
         self._trial: Request | None = None  # the one suspected request that is being tried
@@ -258,7 +259,8 @@ class Served:
     async def _given_up(self) -> str | None:
         """Why the model is not started again any more; None if nobody has said so."""
         events = await asyncio.wait_for(self._events(), ASK)
-        texts = [str(event.get("event_content")) for event in events]
+        of_this_launch = [event for event in events if event.get("event_ts", 0) >= self._since]
+        texts = [str(event.get("event_content")) for event in of_this_launch]
         return next((text for text in reversed(texts) if cluster_link.GIVEN_UP in text), None)
 
     def _ask(self, replica: Replica) -> asyncio.Task[None]:
