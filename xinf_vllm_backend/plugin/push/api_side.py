@@ -262,8 +262,8 @@ class Model:
         return await self._call("generate", args, kwargs)
 
     async def abort_request(self, *args: Any, **kwargs: Any) -> Any:
-        ref = self._ref if self._stream is None else self._stream.ref  # the one that works on it now
-        return await asyncio.wait_for(ref.abort_request(*args, **kwargs), ASK)
+        ref = self._ref if self._stream is None else self._stream.ref
+        return None if ref is None else await asyncio.wait_for(ref.abort_request(*args, **kwargs), ASK)
 
     async def _call(self, method: str, args: Any, kwargs: Any) -> Any:
         request = Request(method, args, kwargs)

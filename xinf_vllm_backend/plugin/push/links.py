@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import logging
 import time
@@ -27,7 +28,7 @@ class Peer:
     """
 
     def __init__(self) -> None:
-        self.making = asyncio.Lock()
+        self.making: asyncio.Task[None] | None = None  # all that wait for a link wait for the same one
         self.name = ""
         self.link: Receiver | None = None
         self.failover: dict[str, Any] | None = None
@@ -37,7 +38,7 @@ class Peer:
         return self.link if self.link is not None and self.link.lost is None else None
 
     def is_of_use(self) -> bool:
-        return self.current() is not None or self.making.locked() or time.monotonic() < self.not_before
+        return self.current() is not None or self.making is not None or time.monotonic() < self.not_before
 
 
 class Links:
@@ -78,15 +79,20 @@ class Links:
             Exception: there is no link.
         """
         peer = self._peers.setdefault((ref.address, ref.uid), Peer())
-        async with peer.making:
-            if peer.current() is None:
-                offered = dict(await asyncio.wait_for(ref.offer_push_link(), ASK))
-                name, failover = str(offered.pop("id")), offered.pop("failover", None)
-                peer.link, peer.name, peer.failover = await link.accept(Offer(**offered)), name, failover
-                gc.freeze()  # as at the start; the first requests import more
-                self._peers = {known: other for known, other in self._peers.items() if other.is_of_use()}
-                self._peers[ref.address, ref.uid] = peer
+        if peer.current() is None:
+            if peer.making is None:
+                peer.making = asyncio.ensure_future(self._make(peer, ref))
+                peer.making.add_done_callback(functools.partial(_made, peer))
+            await asyncio.shield(peer.making)
         return peer
+
+    async def _make(self, peer: Peer, ref: Any) -> None:
+        offered = dict(await asyncio.wait_for(ref.offer_push_link(), ASK))
+        name, failover = str(offered.pop("id")), offered.pop("failover", None)
+        peer.link, peer.name, peer.failover = await link.accept(Offer(**offered)), name, failover
+        gc.freeze()  # as at the start; the first requests import more
+        self._peers = {known: other for known, other in self._peers.items() if other.is_of_use()}
+        self._peers[ref.address, ref.uid] = peer
 
     async def again(self, ref: Any, first: tuple[str, int], received: int) -> Inlet:
         """The stream that began as ``first``, behind the ``received`` items, by another link.
@@ -106,3 +112,9 @@ class Links:
             inlet.close()
             raise
         return inlet
+
+
+def _made(peer: Peer, making: asyncio.Task[None]) -> None:
+    peer.making = None
+    if not making.cancelled():
+        making.exception()  # those who wait have it; there may be none

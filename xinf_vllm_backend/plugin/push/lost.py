@@ -29,5 +29,5 @@ def is_silent(error: BaseException) -> bool:
 
 def is_passing(error: BaseException) -> bool:
     """Whether the process may serve the request all the same: by another link, or when it has room for it again."""
-    text = str(error)
-    return isinstance(error, LinkLostError) or "Rate limit reached" in text or "Model is " in text
+    is_loading = any(cls.__name__ == "ModelNotReadyError" for cls in type(error).__mro__)
+    return isinstance(error, LinkLostError) or is_loading or "Rate limit reached" in str(error)

@@ -101,7 +101,7 @@ class Served:
         self._events = events
         self._since = int(time.time())
         self._replicas: dict[str, Replica] = {}
-        self._heads: OrderedDict[str, str] = OrderedDict()  # replicas by what they have seen
+        self._heads: OrderedDict[int, str] = OrderedDict()  # replicas by the hash of what they have seen
         self._trial: Request | None = None  # the one suspected request that is being tried
         self._looked = float("-inf")
         self._looking: asyncio.Task[None] | None = None
@@ -149,9 +149,10 @@ class Served:
             return living[0]
         loads = {replica.uid: replica.load() for replica in living}
         best = min(living, key=lambda replica: loads[replica.uid])
-        head = request.head(HEAD)
-        if len(head) <= SHORT:
+        text = request.head(HEAD)
+        if len(text) <= SHORT:
             return best
+        head = hash(text)
         seen = self._replicas.get(self._heads.pop(head, ""))
         if seen in living and loads[seen.uid] <= UNEVEN * loads[best.uid] + request.tokens():
             best = seen

@@ -40,13 +40,13 @@ class Stream:
         self._waiter: asyncio.Future[None] | None = None
         self._admitted = False  # by the process that works on it now
         self._chunks = b""  # that are not read yet
-        self._since: float | None = None  # when it was first sent from one process to the next, without being admitted
+        self._since: float | None = None  # when it was first sent again, without being admitted since
         self._send(replica)
 
     @property
     def ref(self) -> Any:
-        """The model actor that works on it now."""
-        return self._ref
+        """The model actor that works on it now; None while none does."""
+        return None if self._call.done() else self._ref
 
     def _send(self, replica: Replica) -> None:
         assert replica.peer is not None
@@ -164,11 +164,12 @@ class Stream:
         if served is None:
             raise error
         passing = is_passing(error) and (request.was_admitted or isinstance(error, LinkLostError))
-        if not (passing or self._is_lost(error)) or self._is_overdue(served):
+        if not (passing or self._is_lost(error)) or (passing and self._is_overdue(served)):
             raise error
-        self._drop()
         if not passing:
             served.lost(self._replica, self._ref)
+            request.was_admitted, self._since = True, None
+        self._drop()
         async with served.paced:
             while True:
                 if passing:
@@ -184,7 +185,7 @@ class Stream:
                 await self._change()
 
     def _is_overdue(self, served: Served) -> bool:
-        """Whether it has been sent from one process to the next for too long; none has admitted it since."""
+        """Whether it has been sent again and again for too long without being admitted."""
         if self._admitted or self._since is None:
             self._since = time.monotonic()
         return time.monotonic() - self._since > served.recovery_timeout
@@ -206,6 +207,7 @@ class Stream:
 
     def _drop(self) -> None:
         """Have nothing more to do with the process that worked on it."""
+        self._replica.requests.pop(self._request, None)
         _ending.add(self._call)
         self._call.add_done_callback(_ended)
         self._call.cancel()
