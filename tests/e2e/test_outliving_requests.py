@@ -23,7 +23,6 @@ HEADERS = {"anthropic-version": "2023-06-01"}
 # Of those with a stop string, or one token, nothing is left to be cut.
 STREAMS = {name: asked for name, asked in REQUESTS.items() if not name.startswith(("an error", "completion of one"))}
 STREAMS |= {
-    "LoRA": (COMPLETION, {"prompt": "The keeper of the lighthouse", "lora_name": "mine"}),
     "chat with a stop string of many letters": (CHAT, {"messages": [QUESTION], "stop": ["never said", "灯 台"]}),
 }
 WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -33,9 +32,12 @@ WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
     "messages of Anthropic at once": (MESSAGES, {"messages": [QUESTION]}),
     "tool call at once": REQUESTS["tool call"],
 }
-CUTS = (10, 20)  # tokens behind which a process dies
+AMID = 10  # tokens that a request alone is given before its process dies
+STOPPED = sum("stop string" in name for name in STREAMS)  # these may end before
+# Tokens that were given to so many requests by a process when it dies.
+CUTS = ((10, len(STREAMS) + len(WHOLE) - STOPPED), (5, 3))
 
-# While there is a file "hold", an engine waits when a request has been given as many tokens as it says.
+# While there is a file "hold", an engine waits when so many tokens have been given to so many requests, as it says.
 HELD = """
 import time
 from pathlib import Path
@@ -61,12 +63,16 @@ class Held(LogitsProcessor):
     def apply(self, logits):
         hold = Path(__file__).parent / "hold"
         try:
-            while max(map(len, self._tokens.values()), default=0) >= int(hold.read_text()):
+            while self._has_come(*map(int, hold.read_text().split())):
                 hold.with_name("held").touch()
                 time.sleep(0.01)
+            time.sleep(0.05)  # none of them is to end before the last has come
         except FileNotFoundError:
             pass
         return logits
+
+    def _has_come(self, tokens, requests):
+        return sum(len(each) >= tokens for each in self._tokens.values()) >= requests
 """
 
 
@@ -78,11 +84,10 @@ def hold(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def lasting(cluster: Cluster, tiny_model: Path, hold: Path, tmp_path_factory: Any) -> Iterator[Cluster]:
-    """The only model is "lasting", which calls tools, thinks, and has the LoRA module "mine"."""
+def lasting(cluster: Cluster, tiny_model: Path, hold: Path) -> Iterator[Cluster]:
+    """The only model is "lasting", which calls tools and thinks."""
     cluster.register(able(tiny_model))
-    lora = make_tiny_lora(tmp_path_factory.mktemp("lora") / "mine", tiny_model, seed=0)
-    launch(cluster, hold, peft_model_config={"lora_list": [{"lora_name": "mine", "local_path": str(lora)}]})
+    launch(cluster, hold)
     yield cluster
     cluster.cli("terminate", "--model-uid", UID)
     cluster.wait_until_unloaded()
@@ -92,7 +97,7 @@ def launch(cluster: Cluster, hold: Path, **given: Any) -> None:
     body: dict[str, Any] = {"model_name": "able", "model_uid": UID, "model_type": "LLM", "model_engine": "vLLM"}
     # In float32 another batch, or another prefill, gives the same text. An engine that is held does not hang.
     body |= {"reasoning_content": True, "enforce_eager": True, "dtype": "float32", "hang_timeout": BOUND}
-    body |= {"envs": {"PYTHONPATH": str(hold.parent)}, "logits_processors": ["held:Held"], "max_lora_rank": 8} | given
+    body |= {"envs": {"PYTHONPATH": str(hold.parent)}, "logits_processors": ["held:Held"]} | given
     answer = httpx.post(f"{cluster.endpoint}/v1/models", json=body, timeout=BOUND, trust_env=False)
     assert answer.status_code == httpx.codes.OK, answer.text
 
@@ -137,18 +142,18 @@ def disturbed(lasting: Cluster, hold: Path, undisturbed: dict[str, Any]) -> Iter
     """All requests at once, amid which the model process dies twice; by name, and those that come meanwhile."""
     with ThreadPoolExecutor(3 * (len(STREAMS) + len(WHOLE))) as pool:
         answers: dict[str, Future[Any]] = {}
-        for cut in CUTS:
+        for tokens, requests in CUTS:
             victim = process(lasting)
-            hold.write_text(str(cut))
+            hold.write_text(f"{tokens} {requests}")
             if not answers:
                 answers = {name: pool.submit(asked, lasting, name) for name in (*STREAMS, *WHOLE)}
-            wait_until(hold.with_name("held").exists, BOUND, f"a request to be given {cut} tokens")
-            if cut != CUTS[0]:
+            wait_until(hold.with_name("held").exists, BOUND, f"{requests} requests to be given {tokens} tokens")
+            if requests == CUTS[1][1]:
                 lasting.engine_processes("EngineCore")[0].kill()  # in one with the process
             victim.kill()
             hold.with_name("held").unlink()
             hold.unlink()
-            answers |= {f"{name} {cut}": pool.submit(asked, lasting, name) for name in ("chat", "chat at once")}
+            answers |= {f"{name} {tokens}": pool.submit(asked, lasting, name) for name in ("chat", "chat at once")}
         yield answers
 
 
@@ -159,7 +164,7 @@ def test_an_answer_is_that_of_an_undisturbed_model(
     assert disturbed[name].result(2 * BOUND) == undisturbed[name]
 
 
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("cut", [tokens for tokens, _ in CUTS])
 @pytest.mark.parametrize("name", ["chat", "chat at once"])
 def test_a_request_that_comes_while_there_is_no_process_waits(
     undisturbed: dict[str, Any], disturbed: dict[str, Future[Any]], name: str, cut: int
@@ -177,7 +182,7 @@ def test_nothing_is_left_of_them(lasting: Cluster, disturbed: dict[str, Future[A
 def held(lasting: Cluster, hold: Path, pool: ThreadPoolExecutor, ask: Callable[[], Any]) -> Future[Any]:
     """A request amid which the model process has been killed."""
     victim = process(lasting)
-    hold.write_text(str(CUTS[0]))
+    hold.write_text(f"{AMID} 1")
     answer = pool.submit(ask)
     wait_until(hold.with_name("held").exists, BOUND, "a request to be held")
     victim.kill()
@@ -194,7 +199,7 @@ def test_a_client_that_leaves_while_it_waits_frees_its_place(lasting: Cluster, h
         def leave() -> None:
             with httpx.stream("POST", f"{lasting.endpoint}{path}", json=given, timeout=BOUND) as answer:
                 for count, _ in enumerate(answer.iter_lines()):
-                    if count > CUTS[0]:
+                    if count > 3 * AMID:
                         return
 
         held(lasting, hold, pool, leave).result(BOUND)
@@ -218,4 +223,13 @@ def test_a_model_that_is_terminated_while_requests_wait_answers_at_once(lasting:
     assert "was stopped" in answer.text and "Retry-After" in answer.headers
     assert time.monotonic() - ended < BOUND
     lasting.wait_until_unloaded()
-    launch(lasting, hold)
+
+
+def test_a_stream_of_a_lora_module_goes_on(lasting: Cluster, hold: Path, tiny_model: Path, tmp_path: Path) -> None:
+    module = {"lora_name": "mine", "local_path": str(make_tiny_lora(tmp_path / "mine", tiny_model, seed=0))}
+    launch(lasting, hold, peft_model_config={"lora_list": [module]}, max_lora_rank=8)
+    path, body = STREAMS["completion"]
+    plain, mine = (folded(events(lasting, UID, path, {**body, **lora})) for lora in ({}, {"lora_name": "mine"}))
+    with ThreadPoolExecutor(1) as pool:
+        answer = held(lasting, hold, pool, lambda: folded(events(lasting, UID, path, {**body, "lora_name": "mine"})))
+        assert answer.result(BOUND) == mine != plain

@@ -286,3 +286,19 @@ def test_an_api_process_that_was_killed_keeps_no_place_for_its_requests(apart: C
     """That of the test of two, whose streams waited for another link meanwhile."""
     becomes(apart, ONE, [(1, 0)])
     admits_all(apart, ONE, LIMIT)
+
+
+def test_a_stream_goes_on_when_its_process_dies_while_the_supervisor_is_relaunched(
+    apart: Cluster, undisturbed: str
+) -> None:
+    streams = begun(apart, ONE, LIMIT)
+    apart.model_processes()[0].kill()
+    answer = httpx.post(f"{apart.endpoint}/v1/supervisor/relaunch", timeout=BOUND, trust_env=False)
+    assert answer.status_code == httpx.codes.ACCEPTED, answer.text
+    assert [stream.text for stream in ended(streams)] == [undisturbed] * LIMIT
+
+    def is_over() -> bool:
+        return bool((apart.get("/v1/supervisor-relaunches") or [{}])[0].get("status") in ("completed", "failed"))
+
+    wait_until(is_over, BOUND, "the relaunch of the supervisor to end")
+    becomes(apart, ONE, [(1, 0)])
