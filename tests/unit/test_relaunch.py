@@ -33,6 +33,7 @@ class Worker:
 
     def __init__(self) -> None:
         self.happened: list[str] = []
+        self.forgotten: list[str] = []  # deaths
         self.launch: Callable[[], Awaitable[None]] | None = None
         self.terminate: Callable[[], Awaitable[None]] | None = None
         self._model_uid_to_launch_args = {UID: OURS, OTHER: FOREIGN}
@@ -113,10 +114,11 @@ def delays(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def worker(monkeypatch: pytest.MonkeyPatch, told: list[str]) -> Worker:
     spawn = SimpleNamespace(spawn_management_task=lambda owner, coroutine: asyncio.ensure_future(coroutine))
     monkeypatch.setattr(relaunch, "SPAWN", SimpleNamespace(owner=lambda: spawn))
-    monkeypatch.setattr(relaunch.death_log, "forget", lambda uid: None)
+    monkeypatch.setattr(relaunch.death_log, "forget", lambda uid: worker.forgotten.append(uid))
     monkeypatch.setattr(model_watch, "watches", model_watch.Watches())
     model_watch.watches._settings[UID] = Settings(max_restarts=2)
-    return Worker()
+    worker = Worker()
+    return worker
 
 
 async def fails() -> None:
@@ -254,6 +256,12 @@ class TestDeletion:
         worker.terminate = worker.die
         await worker.terminate_model(UID)
         assert (worker.happened, worker.relaunches._replicas) == ([], {})
+
+    async def test_a_model_that_is_deleted_is_remembered_by_nothing(self, worker: Worker) -> None:
+        await worker.terminate_model(OTHER)
+        await worker.terminate_model(UID)
+        assert worker.forgotten == [UID], "and no file is touched for a model of another engine"
+        assert model_watch.watches.settings(UID) == Settings()
 
     async def test_a_model_that_could_not_be_deleted_is_launched(self, worker: Worker) -> None:
         refused = asyncio.Event()

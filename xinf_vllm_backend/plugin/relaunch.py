@@ -132,14 +132,17 @@ class Relaunches:
     def terminating(self, original: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
         @functools.wraps(original)
         async def terminate_model(worker: Any, model_uid: str, is_model_die: bool = False) -> None:
+            is_ours = is_of_ours(**worker._model_uid_to_launch_args.get(model_uid, {}))
             if is_model_die:
-                arguments = worker._model_uid_to_launch_args.get(model_uid, {})
-                if is_of_ours(**arguments) and model_uid not in self._deleting:
+                if is_ours and model_uid not in self._deleting:
                     self._dying.add(model_uid)
                 model_watch.watches.end(model_uid)
                 await original(worker, model_uid, is_model_die=True)
-            else:
-                await self._delete(model_uid, functools.partial(original, worker, model_uid))
+                return
+            is_ours = is_ours or model_uid in self._replicas
+            await self._delete(model_uid, functools.partial(original, worker, model_uid))
+            if is_ours:
+                death_log.forget(model_uid)  # its process may have ended before it did so itself
 
         return terminate_model
 
