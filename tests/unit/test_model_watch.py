@@ -298,6 +298,12 @@ class TestWhichAreWatched:
         watches.forget("ours-rep0")
         assert watches.settings("ours-rep0") == Settings()
 
+    async def test_one_whose_process_has_ended_is_not_watched_and_its_launch_goes_on(self, watches: Watches) -> None:
+        worker = Worker()
+        worker._model_uid_to_pid["ours-rep0"] = 2**22 + 1  # above any that Linux gives
+        assert await model_watch._watching(Worker.wait_for_load)(worker, "ours-rep0") == "ours-rep0 is loaded"
+        assert watches._tasks == {}
+
     def test_a_replica_is_there_while_it_is_the_same_model(self) -> None:
         worker = Worker()
         replica = model_watch.Replica(worker, "ours-rep0", worker._model_uid_to_model["ours-rep0"])

@@ -94,8 +94,12 @@ class Watches:
         model, pid = worker._model_uid_to_model.get(model_uid), worker._model_uid_to_pid.get(model_uid)
         if model is None or pid is None:
             return
-        self._settings[model_uid] = _settings_given(worker._model_uid_to_launch_args.get(model_uid, {}))
-        watch = Watch(Replica(worker, model_uid, model), ModelProcess(pid, f"Model: {model_uid}"))
+        self._settings.setdefault(model_uid, _settings_given(worker._model_uid_to_launch_args.get(model_uid, {})))
+        try:
+            process = ModelProcess(pid, f"Model: {model_uid}")
+        except psutil.NoSuchProcess:  # Xinference looks for that
+            return
+        watch = Watch(Replica(worker, model_uid, model), process)
         self._tasks[model_uid] = asyncio.get_running_loop().create_task(self._run(model_uid, watch))
 
     def end(self, model_uid: str) -> None:
