@@ -114,11 +114,11 @@ def delays(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def worker(monkeypatch: pytest.MonkeyPatch, told: list[str]) -> Worker:
     spawn = SimpleNamespace(spawn_management_task=lambda owner, coroutine: asyncio.ensure_future(coroutine))
     monkeypatch.setattr(relaunch, "SPAWN", SimpleNamespace(owner=lambda: spawn))
-    monkeypatch.setattr(relaunch.death_log, "forget", lambda uid: worker.forgotten.append(uid))
     monkeypatch.setattr(model_watch, "watches", model_watch.Watches())
     model_watch.watches._settings[UID] = Settings(max_restarts=2)
-    worker = Worker()
-    return worker
+    made = Worker()
+    monkeypatch.setattr(relaunch.death_log, "forget", made.forgotten.append)
+    return made
 
 
 async def fails() -> None:

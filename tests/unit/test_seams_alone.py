@@ -163,8 +163,8 @@ class TestSeam:
 
     def test_each_seam_has_its_row_in_the_documentation(self) -> None:
         page = (Path(xinf_vllm_backend.__file__).parents[1] / "docs" / "seams.md").read_text()
-        of_xinference = (*sub_pools.SEAMS, *api_side.SEAMS, *model_side.SEAMS, *metrics.SEAMS, *middleware.SEAMS)
-        of_xinference += (*model_watch.SEAMS, *relaunch.SEAMS)
+        modules = (sub_pools, model_watch, relaunch, api_side, model_side, metrics, middleware)
+        of_xinference = [seam for module in modules for seam in module.SEAMS]
         assert [row(seam) for seam in (*SEAMS, *of_xinference) if row(seam) not in page] == []
 
     def test_says_what_it_is_for_and_what_is_lost_without_it(self) -> None:
