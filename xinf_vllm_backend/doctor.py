@@ -8,13 +8,13 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from packaging.specifiers import SpecifierSet
 
 from .engine import preload
 from .engine.seams import SEAMS, Seam, start, version
-from .plugin import sub_pools
+from .plugin import model_watch, relaunch, sub_pools
 from .plugin.push import api_side, model_side, served
 from .plugin.xinference_version import SUPPORTED as XINFERENCE
 from .process import tree
@@ -53,7 +53,9 @@ def examine() -> list[Finding]:
         *_extension(),
         *_seams(),
         _model_processes(),
-        _late_cancels(),
+        _guarded("cancels that come when the launch is over", "end the model", sub_pools.CANCELLING),
+        _guarded("model processes that hang", "found and killed by their worker", model_watch.SEAMS),
+        _guarded("models whose process dies", "launched again within a budget", relaunch.SEAMS),
         _streams(),
         _requests(),
         _start_method(),
@@ -168,11 +170,11 @@ def _lost(reason: str | None, seam: Seam) -> str:
     return "" if reason is None or "is off" in reason else f"without it: {seam.without}"
 
 
-def _late_cancels() -> Finding:
-    gone = ", ".join(seam.name for seam in sub_pools.CANCELLING if not seam.present())
-    found = f"there is no {gone}" if gone else "end the model"
-    lost = f"without it: {sub_pools.CANCEL.without}" if gone else ""
-    return Finding("cancels that come when the launch is over", found, True, lost, degraded=bool(gone))
+def _guarded(subject: str, found: str, seams: Sequence[Seam]) -> Finding:
+    """What names of Xinference give, all together."""
+    gone = ", ".join(seam.name for seam in seams if not seam.present())
+    lost = f"without it: {seams[0].without}" if gone else ""
+    return Finding(subject, f"there is no {gone}" if gone else found, True, lost, degraded=bool(gone))
 
 
 def _start_method() -> Finding:

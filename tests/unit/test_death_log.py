@@ -69,6 +69,21 @@ class TestDeathsAreKept:
         assert _reasons("tiny-0") == reasons
         assert death_log.read("tiny-0").count == 3
 
+    def test_a_death_that_another_process_records_comes_after_those_of_the_one_that_died(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert death_log.read("tiny-0").count == 0, "the other process has known the replica from the start"
+        known = death_log._replicas
+        _next_process(monkeypatch)
+        death_log.record("tiny-0", "its own")
+        assert death_log.flush(BOUND)
+        monkeypatch.setattr(death_log, "_replicas", known)
+        death_log.record_from_outside("tiny-0", "hung", {"stacks": [], "requests": []})
+        assert death_log.flush(BOUND)
+        _next_process(monkeypatch)
+        assert _reasons("tiny-0") == ["its own", "hung"]
+        assert death_log.summary(death_log.read("tiny-0"))["last_hang"]["reason"] == "hung"
+
     def test_a_death_recorded_before_the_file_was_read_comes_after_those_in_it(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -24,7 +24,7 @@ from xinf_vllm_backend.engine.client import EngineClient
 from xinf_vllm_backend.engine.seams import SEAMS, Seam, child, core_client, resuming, start, version
 from xinf_vllm_backend.engine.seams.start import CONTEXT, INSPECTION
 from xinf_vllm_backend.errors import CannotResumeError, UnsupportedVersionError
-from xinf_vllm_backend.plugin import metrics, middleware, sub_pools
+from xinf_vllm_backend.plugin import metrics, middleware, model_watch, relaunch, sub_pools
 from xinf_vllm_backend.plugin.push import api_side, ids, model_side, served
 from xinf_vllm_backend.process.context import EngineContext
 from xinf_vllm_backend.settings import Settings
@@ -163,16 +163,8 @@ class TestSeam:
 
     def test_each_seam_has_its_row_in_the_documentation(self) -> None:
         page = (Path(xinf_vllm_backend.__file__).parents[1] / "docs" / "seams.md").read_text()
-        of_xinference = (
-            *sub_pools.SEAMS,
-            *api_side.SEAMS,
-            api_side.EVENTS,
-            *model_side.SEAMS,
-            *served.SEAMS,
-            *ids.SEAMS,
-            *metrics.SEAMS,
-            *middleware.SEAMS,
-        )
+        modules = (sub_pools, model_watch, relaunch, api_side, model_side, served, ids, metrics, middleware)
+        of_xinference = [api_side.EVENTS, *(seam for module in modules for seam in module.SEAMS)]
         assert [row(seam) for seam in (*SEAMS, *of_xinference) if row(seam) not in page] == []
 
     def test_says_what_it_is_for_and_what_is_lost_without_it(self) -> None:

@@ -16,6 +16,11 @@ from .seams import core_client, platform
 BUSY_FACTOR_CPU, BUSY_FACTOR_GPU = 10.0, 3.0  # what busy_factor=0 means
 
 
+def busy_factor(settings: Settings) -> float:
+    """The ``busy_factor`` of ``settings``, or the default of this host where it is 0."""
+    return settings.busy_factor or (BUSY_FACTOR_CPU if platform.is_cpu_build() else BUSY_FACTOR_GPU)
+
+
 class Watch:
     """Looks at an engine every ``health_interval``, and at once when :meth:`notice` is called.
 
@@ -33,8 +38,7 @@ class Watch:
         self._client = client
         self._settings = settings
         self._on_look = on_look
-        factor = settings.busy_factor or (BUSY_FACTOR_CPU if platform.is_cpu_build() else BUSY_FACTOR_GPU)
-        self._hang = HangClock(settings.hang_timeout, factor, settings.health_interval)
+        self._hang = HangClock(settings.hang_timeout, busy_factor(settings), settings.health_interval)
         self._workload = Workload()
         self._noticed = asyncio.Event()
         self._heartbeat: asyncio.Task[None] | None = None

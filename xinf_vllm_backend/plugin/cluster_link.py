@@ -13,7 +13,7 @@ from ..engine.phase import Phase
 # Under "xinference", or Xinference's own handlers drop it.
 logger = logging.getLogger("xinference.vllm_backend")
 
-GIVEN_UP = "was given up: "  # in the event of a model that is not started again
+GIVEN_UP = "was given up: "  # in the event of a replica that is launched no more: the API looks for it
 TELL_TIMEOUT = 2.0  # seconds; a message may not hold up a load or a recovery
 DEATHS, RESTARTS, INEXACT = "xinf_vllm_engine_deaths", "xinf_vllm_engine_restarts", "xinf_vllm_requests_inexact"
 # By name, what each counts; the exporter shows NAME as xinference:NAME_total, without the "xinf_".
@@ -112,3 +112,19 @@ class ClusterLink:
 
         supervisor = await (await self._worker_ref()).get_supervisor_ref(add_worker=False)
         return await getattr(await xo.actor_ref(address=supervisor.address, uid=actor.default_uid()), method)(*args)
+
+
+class WorkerLink(ClusterLink):
+    """Sends messages about one replica from its worker.
+
+    Args:
+        worker: the worker itself.
+        replica_uid: uid of the model's own actor.
+    """
+
+    def __init__(self, worker: Any, replica_uid: str) -> None:
+        super().__init__(worker.address, replica_uid)
+        self._the_worker = worker
+
+    async def _worker_ref(self) -> Any:
+        return self._the_worker

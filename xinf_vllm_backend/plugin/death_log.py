@@ -155,13 +155,24 @@ def record(replica_uid: str, reason: str, details: Mapping[str, Any] | None = No
         details: what is known of a hang, as plain data: ``stacks``, a list of ``{pid, title, text}``, and
             ``requests``, a list of ``{id, prompt_tokens, given_tokens}``. It is cut to ``MAX_DETAILS``.
     """
+    replica = _replica(replica_uid)
+    replica.add(_described(reason, details))
+    _disk.put(replica)
+
+
+def record_from_outside(replica_uid: str, reason: str, details: Mapping[str, Any] | None = None) -> None:
+    """As :func:`record`, from another process, once the one that has the deaths in memory records no more."""
+    replica = _Replica(_path(replica_uid))  # reads the file again
+    replica.add(_described(reason, details))
+    _disk.put(replica)
+
+
+def _described(reason: str, details: Mapping[str, Any] | None) -> dict[str, Any]:
     death: dict[str, Any] = {"time": time.time(), "reason": reason}
     if details is not None:
         with _logged("described"):
             death["details"] = _cut(details)
-    replica = _replica(replica_uid)
-    replica.add(death)
-    _disk.put(replica)
+    return death
 
 
 def amend(replica_uid: str, reason: str) -> None:

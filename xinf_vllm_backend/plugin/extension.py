@@ -6,7 +6,7 @@ import gc
 from typing import Any
 
 from ..__version__ import __version__
-from . import metrics, sub_pools, xinference_version
+from . import metrics, model_watch, relaunch, sub_pools, xinference_version
 from .cluster_link import METRICS
 
 
@@ -52,6 +52,8 @@ def install() -> None:
     xinference_version.warn_if_unsupported()
     _define_metrics()
     sub_pools.install()
+    model_watch.install()
+    relaunch.install()
     metrics.install_in_worker()
     if tuple(llm_family.VLLM_CLASSES[: len(CLASSES)]) == CLASSES:
         return

@@ -22,6 +22,7 @@ from ..engine.phase import Phase
 from ..engine.seams import platform, start, version
 from ..engine.spec import EngineSpec
 from ..engine.supervisor import EngineSupervisor
+from ..engine.watch import busy_factor
 from ..errors import BackendError, BadLaunchArgumentError, EngineStartError, EngineStoppedError
 from ..settings import Settings, variable
 from . import (
@@ -111,6 +112,7 @@ class HostedModel(VLLMModel):
         """
         started = time.monotonic()
         self._settings = Settings.resolve(self._options)
+        model_process.stacks_file()
         metrics.install_in_model_process()
         model_side.install_in_model_process()
         ids.install()
@@ -301,6 +303,19 @@ class HostedModel(VLLMModel):
         )
         given = sorted((name, repr(value)) for name, value in self._model_config.items() if name in self._given)
         return hashlib.blake2b(repr((of_weights, given, version.version())).encode(), digest_size=8).hexdigest()
+
+    async def heartbeat(self) -> dict[str, Any]:
+        """What the worker has to know to judge this process, as plain data; the answer says that its event loop runs.
+
+        Returns:
+            ``settings``, all in force; ``busy_factor``, never 0; ``stacks``, the file descriptor by which it shows its
+            stacks, or None.
+        """
+        return {
+            "settings": self._settings.model_dump(),
+            "busy_factor": busy_factor(self._settings),
+            "stacks": model_process.stacks_file(),
+        }
 
     async def engine_status(self) -> dict[str, Any]:
         """State, processes and past deaths of this replica's engine, as plain data."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 from ..engine import preload as engine
 from ..engine.seams import start
+from ..process import stacks
 from ..process.zygote import preloaded
 
 SPAWNED_BECAUSE = "XINF_VLLM_SPAWNED_BECAUSE"  # tells a model process why it was not forked
@@ -46,3 +48,9 @@ def how_started() -> str:
     if preloaded.of_this_process is not None:
         return "forked from the host zygote"
     return f"spawned: {os.environ.get(SPAWNED_BECAUSE, 'there is no host zygote')}"
+
+
+@functools.cache
+def stacks_file() -> int | None:
+    """The file descriptor by which this model process shows its stacks; see :func:`.stacks.register`."""
+    return stacks.register()

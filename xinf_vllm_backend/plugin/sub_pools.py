@@ -194,7 +194,7 @@ def _marking(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable
     async def launched(*args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(original).bind(*args, **kwargs)
         given.apply_defaults()
-        shared_memory: list[str] | None = [] if _of_ours(**given.arguments) else None
+        shared_memory: list[str] | None = [] if is_of_ours(**given.arguments) else None
         token = _launching.set(shared_memory)
         try:
             return await original(*args, **kwargs)
@@ -206,14 +206,20 @@ def _marking(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable
     return launched
 
 
-def _of_ours(
-    model_type: str = "", model_engine: str | None = None, n_worker: int | None = 1, kwargs: Any = None, **_: Any
+def is_of_ours(
+    model_type: str = "",
+    model_engine: str | None = None,
+    n_worker: int | None = 1,
+    xavier_config: Any = None,
+    kwargs: Any = None,
+    **_: Any,
 ) -> bool:
-    """Whether a launch with these arguments makes a model that this package runs itself."""
+    """Whether a launch with these arguments, or these kept ones, makes a model that this package runs itself."""
     return (
         model_type.upper() == "LLM"
         and (model_engine or "").upper() == "VLLM"
         and (n_worker or 1) == 1
+        and not xavier_config
         and not (kwargs or {}).get("xavier_config")
     )
 
@@ -226,7 +232,7 @@ def _stopping(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitabl
         try:
             return await original(worker, model_uid)
         except RuntimeError:
-            if not _of_ours(**worker._model_uid_to_launch_args.get(model_uid, {})):
+            if not is_of_ours(**worker._model_uid_to_launch_args.get(model_uid, {})):
                 raise
         logger.warning("The model %s is stopped: its launch was over when it was cancelled", model_uid)
         await worker.terminate_model(model_uid)
