@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import cloudpickle
@@ -85,6 +86,13 @@ def wait_until_back(cluster: Cluster, uid: str, pid: int) -> dict[str, Any]:
     return wait_until(back, BOUND, "the model to serve again") or {}
 
 
+def story(cluster: Cluster, uid: str, stream: bool) -> str:
+    """What the model tells, long enough to be cut."""
+    asked: dict[str, Any] = {"model": uid, "prompt": "The keeper", "max_tokens": 1900, "temperature": 0}
+    told = cluster.openai().completions.create(**asked, stream=stream)
+    return "".join(chunk.choices[0].text for chunk in (told if stream else [told]))
+
+
 def hold(cluster: Cluster, uid: str, method: str, seconds: float) -> threading.Thread:
     """Have an actor hold the event loop of the model process; the thread ends with that, or with the process."""
     address = cluster.get(f"/v1/models/{uid}")["address"]
@@ -103,11 +111,16 @@ def hold(cluster: Cluster, uid: str, method: str, seconds: float) -> threading.T
 
 def test_a_stopped_model_process_is_killed_and_the_model_serves_again(cluster: Cluster, uid: str) -> None:
     begun = time.monotonic()
-    launch(cluster, uid)
+    launch(cluster, uid, "--dtype", "float32")
     assert time.monotonic() - begun > HANG, "or this says nothing about long loads"
+    undisturbed = [story(cluster, uid, stream) for stream in (True, False)]
     pid = status(cluster, uid)["pid"]
-    os.kill(pid, signal.SIGSTOP)
-    found = wait_until_back(cluster, uid, pid)
+    with ThreadPoolExecutor(2) as pool:
+        stories = [pool.submit(story, cluster, uid, stream) for stream in (True, False)]
+        wait_until(lambda: status(cluster, uid)["requests"] == len(stories), BOUND, "both requests to begin")
+        os.kill(pid, signal.SIGSTOP)
+        found = wait_until_back(cluster, uid, pid)
+        assert [told.result(BOUND) for told in stories] == undisturbed
     assert cluster.answers(uid)
     why = rf"The model process of {uid}-rep0 \(pid {pid}\) hangs: for \d+ s it has answered nothing, and it is stopped"
     assert re.search(rf"{why}.*\nStacks:\nModel: {uid}-rep0 \(pid {pid}\):\nIt is stopped", cluster.log_text())
