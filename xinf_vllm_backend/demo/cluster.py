@@ -195,15 +195,20 @@ class Cluster:
         """The command line that :meth:`cli` runs."""
         return [_program("xinference"), command, "-e", self.endpoint, *args]
 
-    def register(self, definition: dict[str, Any]) -> None:
+    def register(self, definition: dict[str, Any], persist: bool = False) -> None:
         """``xinference register`` a custom LLM (see :func:`.tiny_model.model_registration`).
+
+        Args:
+            definition: of the model.
+            persist: write it to Xinference's home, too; only then does a worker that is started later know it.
 
         Raises:
             RuntimeError: Xinference refused it; the message ends with what it said.
         """
         path = self.directory / f"{definition['model_name']}.json"
         path.write_text(json.dumps(definition))
-        done = self.cli("register", "--model-type", "LLM", "--file", str(path))
+        kept = ("--persist",) if persist else ()
+        done = self.cli("register", "--model-type", "LLM", "--file", str(path), *kept)
         if done.returncode != 0:
             raise RuntimeError(f"model {definition['model_name']} was not registered: {done.stderr.strip()[-1000:]}")
 
