@@ -6,8 +6,8 @@ process), and shut down.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
+import errno
 import os
 import socket
 from typing import Any
@@ -42,10 +42,16 @@ def _port(address: Any) -> int:
 
 
 def _shut_down(pid: int, descriptor: int) -> bool:
-    with socket.socket(fileno=_copy(pid, descriptor)) as copy, contextlib.suppress(OSError):  # it just ended by itself
-        copy.shutdown(socket.SHUT_RDWR)
-        return True
-    return False
+    """Whether it was connected; an offer listens until its link is made."""
+    try:
+        with socket.socket(fileno=_copy(pid, descriptor)) as copy:
+            copy.getpeername()
+            copy.shutdown(socket.SHUT_RDWR)
+    except OSError as error:
+        if error.errno in (errno.EBADF, errno.ENOTCONN):
+            return False
+        raise
+    return True
 
 
 def _copy(pid: int, descriptor: int) -> int:
