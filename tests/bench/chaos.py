@@ -608,9 +608,9 @@ def summary(traffic: Traffic, faults: Faults, further: Mapping[str, object]) -> 
     }
 
 
-def _names(given: str | None, known: Collection[str], option: str) -> list[str]:
-    """Those that are given; all if there is nothing."""
-    names = given.split(",") if given is not None else list(known)
+def _names(given: str, known: Collection[str], option: str) -> list[str]:
+    """Those that are given, separated by commas."""
+    names = given.split(",") if given else []
     if unknown := set(names) - set(known):
         raise click.BadParameter(f"there is no {', '.join(sorted(unknown))}", param_hint=option)
     return names
@@ -619,23 +619,22 @@ def _names(given: str | None, known: Collection[str], option: str) -> list[str]:
 @click.command(epilog=f"The faults are {', '.join(FAULTS)}.")
 @click.option("--minutes", default=5.0, show_default=True, help="How long faults go on, on all deployments together.")
 @click.option("--seed", type=int, help="What to draw from; by default a new one, which is printed.")
-@click.option("--on", "chosen", help=f"Deployments, separated by commas: {', '.join(DEPLOYMENTS)}; by default all.")
-@click.option("--faults", "only", help="Those to draw, separated by commas; by default all that there are there.")
-@click.option("--without", default="", help="Faults not to draw, separated by commas.")
-def main(minutes: float, seed: int | None, chosen: str | None, only: str | None, without: str) -> None:
+@click.option("--on", "chosen", default=",".join(DEPLOYMENTS), show_default=True, help="What to disturb.")
+@click.option("--faults", "only", default="", help="Those to draw, separated by commas; by default all.")
+@click.option("--without", default="", help="Those not to draw.")
+def main(minutes: float, seed: int | None, chosen: str, only: str, without: str) -> None:
     """Disturb models under load; the exit status is 1 if anything was wrong, lost or left."""
     seed = secrets.randbits(32) if seed is None else seed
-    on = _names(chosen, DEPLOYMENTS, "--on")
-    names = set(_names(only, FAULTS, "--faults")) - set(_names(without or None, FAULTS, "--without") if without else ())
+    drawn = set(_names(only, FAULTS, "--faults") or FAULTS) - set(_names(without, FAULTS, "--without"))
+    named = _names(chosen, DEPLOYMENTS, "--on")
+    on = {name: faults for name in named if (faults := [each for each in DEPLOYMENTS[name].faults if each in drawn])}
     directory = Path(tempfile.mkdtemp(prefix="chaos-", dir="/tmp"))
     click.echo(f"{minutes:g} minutes, seed {seed}; what is said meanwhile is in {directory}")
     model = make_tiny_model(directory / "model")
     passed = True
-    for number, name in enumerate(on):
+    for number, (name, faults) in enumerate(on.items()):
         click.echo(f"{clock()} {name}")
-        deployment = DEPLOYMENTS[name]
-        drawn = [fault for fault in deployment.faults if fault in names]
-        passed &= run(deployment, drawn, minutes / len(on), seed, model, directory / f"{number}")
+        passed &= run(DEPLOYMENTS[name], faults, minutes / len(on), seed, model, directory / f"{number}")
     if not passed:
         sys.exit(1)
     shutil.rmtree(directory)
