@@ -93,18 +93,21 @@ class Deployment:
     Attributes:
         workers: addresses of the workers; none is xinference-local.
         replicas: of the model; as many on each worker.
+        clients: that ask.
         faults: that there are on it.
     """
 
     workers: Sequence[str]
     replicas: int
+    clients: int
     faults: Sequence[str]
 
 
-# The link between processes of one host is a Unix socket, and between two workers and the API it is TCP.
+# The link between processes of one host is a Unix socket, and between two workers and the API it is TCP. The clients of
+# two workers are fewer: one that starts has to get some of the cores.
 DEPLOYMENTS = {
-    "one replica": Deployment((), 1, [name for name in FAULTS if name != WORKER]),
-    "two workers": Deployment(WORKERS, 2, list(FAULTS)),
+    "one replica": Deployment((), 1, CLIENTS, [name for name in FAULTS if name != WORKER]),
+    "two workers": Deployment(WORKERS, 2, CLIENTS // 2, list(FAULTS)),
 }
 
 # -- requests
@@ -573,7 +576,7 @@ def run(deployment: Deployment, names: Sequence[str], minutes: float, seed: int,
             expected = warm_up(cluster, client, deployment.replicas)
             before = state(cluster)
             click.echo(f"{clock()} {len(expected)} requests to draw from")
-            traffic = Traffic(client, expected, CLIENTS, seed, leave=LEAVE)
+            traffic = Traffic(client, expected, deployment.clients, seed, leave=LEAVE)
             faults = Faults(cluster, traffic, names, seed, deployment.replicas)
             begun = time.monotonic()
             disturb(traffic, faults, minutes)

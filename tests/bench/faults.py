@@ -24,7 +24,8 @@ from .launches import ended
 PATIENCE = 120.0  # seconds for one request, and for all that is waited for
 LEAST, MEAN = 3.0, 12.0  # seconds between two faults
 FEW = 3  # answers between two faults
-AWAY = 5.0  # seconds for which a worker is down
+AWAY = 5.0  # seconds until a worker that failed is started again
+RETURN = 300.0  # seconds until it has to be there: it imports Xinference and vLLM while requests take all cores
 
 
 class Traffic(Protocol):
@@ -110,7 +111,7 @@ class HostFailure:
     def recover(self, cluster: Cluster, victim: int, before: int) -> None:
         time.sleep(AWAY)
         cluster.start_worker(victim)
-        cluster.wait_until_up(PATIENCE)
+        cluster.wait_until_up(RETURN)
         wait_until(lambda: _add_replica(cluster, cluster.workers[victim]), PATIENCE, "a replica on the worker")
 
     def give_up(self, victim: int) -> None:
