@@ -93,21 +93,18 @@ class Deployment:
     Attributes:
         workers: addresses of the workers; none is xinference-local.
         replicas: of the model; as many on each worker.
-        clients: that ask.
         faults: that there are on it.
     """
 
     workers: Sequence[str]
     replicas: int
-    clients: int
     faults: Sequence[str]
 
 
-# The link between processes of one host is a Unix socket, and between two workers and the API it is TCP. The clients of
-# two workers are fewer: one that starts has to get some of the cores.
+# The link between processes of one host is a Unix socket, and between two workers and the API it is TCP.
 DEPLOYMENTS = {
-    "one replica": Deployment((), 1, CLIENTS, [name for name in FAULTS if name != WORKER]),
-    "two workers": Deployment(WORKERS, 2, CLIENTS // 2, list(FAULTS)),
+    "one replica": Deployment((), 1, [name for name in FAULTS if name != WORKER]),
+    "two workers": Deployment(WORKERS, 2, list(FAULTS)),
 }
 
 # -- requests
@@ -310,6 +307,8 @@ class Traffic:
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
+        self._allowed = threading.Condition(self._lock)
+        self._most_at_once = self.clients
         self._ended = threading.Event()
         self._threads = [
             threading.Thread(target=self._ask_on, args=(number,), name=f"client-{number}", daemon=True)
@@ -320,9 +319,16 @@ class Traffic:
         for thread in self._threads:
             thread.start()
 
+    def allow(self, clients: int | None) -> None:
+        """No more than so many ask from now on, apart from requests in flight; None is all."""
+        with self._allowed:
+            self._most_at_once = self.clients if clients is None else clients
+            self._allowed.notify_all()
+
     def end(self) -> None:
         """Let no client ask again, and wait for all; those that still wait in the end have lost their request."""
         self._ended.set()
+        self.allow(None)
         self.join(2 * PATIENCE)
         now = time.monotonic()
         stuck = [thread.name for thread in self._threads if thread.is_alive()]
@@ -340,7 +346,7 @@ class Traffic:
 
     def _ask_on(self, number: int) -> None:
         rng = random.Random(f"{self.seed}/{number}")
-        while self._another():
+        while self._another(number):
             request = rng.choice(list(self.expected))
             leaves = rng.random() < self.leave and request.stream
             problem = self._ask(request, rng.randint(1, 40) if leaves else None)
@@ -349,8 +355,9 @@ class Traffic:
             if problem:
                 self._ended.wait(PAUSE)
 
-    def _another(self) -> bool:
-        with self._lock:
+    def _another(self, number: int) -> bool:
+        with self._allowed:
+            self._allowed.wait_for(lambda: number < self._most_at_once)
             goes_on = not self._ended.is_set() and self.sent < self.most
             self.sent += goes_on
             self.in_flight += goes_on
@@ -576,7 +583,7 @@ def run(deployment: Deployment, names: Sequence[str], minutes: float, seed: int,
             expected = warm_up(cluster, client, deployment.replicas)
             before = state(cluster)
             click.echo(f"{clock()} {len(expected)} requests to draw from")
-            traffic = Traffic(client, expected, deployment.clients, seed, leave=LEAVE)
+            traffic = Traffic(client, expected, CLIENTS, seed, leave=LEAVE)
             faults = Faults(cluster, traffic, names, seed, deployment.replicas)
             begun = time.monotonic()
             disturb(traffic, faults, minutes)

@@ -24,8 +24,9 @@ from .launches import ended
 PATIENCE = 120.0  # seconds for one request, and for all that is waited for
 LEAST, MEAN = 3.0, 12.0  # seconds between two faults
 FEW = 3  # answers between two faults
-AWAY = 5.0  # seconds until a worker that failed is started again
-RETURN = 300.0  # seconds until it has to be there: it imports Xinference and vLLM while requests take all cores
+AWAY = 20.0  # seconds until a worker that failed is started again
+RETURN = 300.0  # seconds until it has to be there
+FEWER = 1  # clients meanwhile: its processes import Xinference and vLLM, and engines that work take all of two cores
 
 
 class Traffic(Protocol):
@@ -37,6 +38,9 @@ class Traffic(Protocol):
     @property
     def running(self) -> bool: ...
 
+    def allow(self, clients: int | None) -> None:
+        """No more than so many ask from now on; None is all."""
+
 
 class Fault(Protocol):
     """A kind of fault; victims are what it finds in a cluster."""
@@ -44,6 +48,10 @@ class Fault(Protocol):
     def victims(self, cluster: Cluster) -> Sequence[Any]: ...
 
     def do(self, cluster: Cluster, victim: Any) -> None: ...
+
+    @property
+    def clients(self) -> int | None:
+        """How many may ask while it is recovered from; None is all."""
 
     def recover(self, cluster: Cluster, victim: Any, before: int) -> None:
         """Wait until all is as before, with so many victims to find; what does not return by itself is brought back.
@@ -62,6 +70,7 @@ class Signal:
 
     kind: str
     signal: signal.Signals
+    clients = None
 
     def victims(self, cluster: Cluster) -> list[psutil.Process]:
         return victims(cluster, self.kind)
@@ -83,6 +92,8 @@ class Signal:
 class Cut:
     """A model process loses its push links; nothing dies."""
 
+    clients = None
+
     def victims(self, cluster: Cluster) -> list[psutil.Process]:
         return [process for process in cluster.model_processes() if push_links.descriptors(process)]
 
@@ -102,14 +113,16 @@ class HostFailure:
     Xinference launches nothing again on a worker that returns while the model has a replica elsewhere.
     """
 
+    clients = FEWER
+
     def victims(self, cluster: Cluster) -> list[int]:
         return list(range(len(cluster.workers)))
 
     def do(self, cluster: Cluster, victim: int) -> None:
         cluster.kill_worker(victim)
+        time.sleep(AWAY)
 
     def recover(self, cluster: Cluster, victim: int, before: int) -> None:
-        time.sleep(AWAY)
         cluster.start_worker(victim)
         cluster.wait_until_up(RETURN)
         wait_until(lambda: _add_replica(cluster, cluster.workers[victim]), PATIENCE, "a replica on the worker")
@@ -195,6 +208,7 @@ class Faults:
         self.strikes.append(strike)
         try:
             fault.do(self._cluster, victim)
+            self._traffic.allow(fault.clients)
             fault.recover(self._cluster, victim, len(found))
             self._wait_for_answers()
         except (TimeoutError, RuntimeError, psutil.Error, OSError) as error:
@@ -202,6 +216,8 @@ class Faults:
             click.echo(f"{clock()} {self.problems[-1]}")
             fault.give_up(victim)
             return
+        finally:
+            self._traffic.allow(None)
         strike.back = time.monotonic() - strike.at
         click.echo(f"{clock()} {name} ({strike.victim}): answers again after {strike.back:.1f} s")
 
