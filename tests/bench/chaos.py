@@ -307,8 +307,8 @@ class Traffic:
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
-        self._allowed = threading.Condition(self._lock)
-        self._most_at_once = self.clients
+        self._going = threading.Event()
+        self._going.set()
         self._ended = threading.Event()
         self._threads = [
             threading.Thread(target=self._ask_on, args=(number,), name=f"client-{number}", daemon=True)
@@ -319,16 +319,17 @@ class Traffic:
         for thread in self._threads:
             thread.start()
 
-    def allow(self, clients: int | None) -> None:
-        """No more than so many ask from now on, apart from requests in flight; None is all."""
-        with self._allowed:
-            self._most_at_once = self.clients if clients is None else clients
-            self._allowed.notify_all()
+    def pause(self) -> None:
+        """Let no client ask until :meth:`resume`; idempotent, as that is."""
+        self._going.clear()
+
+    def resume(self) -> None:
+        self._going.set()
 
     def end(self) -> None:
         """Let no client ask again, and wait for all; those that still wait in the end have lost their request."""
         self._ended.set()
-        self.allow(None)
+        self.resume()
         self.join(2 * PATIENCE)
         now = time.monotonic()
         stuck = [thread.name for thread in self._threads if thread.is_alive()]
@@ -346,7 +347,7 @@ class Traffic:
 
     def _ask_on(self, number: int) -> None:
         rng = random.Random(f"{self.seed}/{number}")
-        while self._another(number):
+        while self._another():
             request = rng.choice(list(self.expected))
             leaves = rng.random() < self.leave and request.stream
             problem = self._ask(request, rng.randint(1, 40) if leaves else None)
@@ -355,9 +356,9 @@ class Traffic:
             if problem:
                 self._ended.wait(PAUSE)
 
-    def _another(self, number: int) -> bool:
-        with self._allowed:
-            self._allowed.wait_for(lambda: number < self._most_at_once)
+    def _another(self) -> bool:
+        self._going.wait()  # the end of the traffic sets it, too
+        with self._lock:
             goes_on = not self._ended.is_set() and self.sent < self.most
             self.sent += goes_on
             self.in_flight += goes_on

@@ -26,7 +26,6 @@ LEAST, MEAN = 3.0, 12.0  # seconds between two faults
 FEW = 3  # answers between two faults
 AWAY = 20.0  # seconds until a worker that failed is started again
 RETURN = 300.0  # seconds until it has to be there
-FEWER = 1  # clients meanwhile: its processes import Xinference and vLLM, and engines that work take all of two cores
 
 
 class Traffic(Protocol):
@@ -38,8 +37,9 @@ class Traffic(Protocol):
     @property
     def running(self) -> bool: ...
 
-    def allow(self, clients: int | None) -> None:
-        """No more than so many ask from now on; None is all."""
+    def pause(self) -> None: ...
+
+    def resume(self) -> None: ...
 
 
 class Fault(Protocol):
@@ -50,8 +50,8 @@ class Fault(Protocol):
     def do(self, cluster: Cluster, victim: Any) -> None: ...
 
     @property
-    def clients(self) -> int | None:
-        """How many may ask while it is recovered from; None is all."""
+    def is_quiet(self) -> bool:
+        """Whether no request is sent while it is recovered from."""
 
     def recover(self, cluster: Cluster, victim: Any, before: int) -> None:
         """Wait until all is as before, with so many victims to find; what does not return by itself is brought back.
@@ -70,7 +70,7 @@ class Signal:
 
     kind: str
     signal: signal.Signals
-    clients = None
+    is_quiet = False
 
     def victims(self, cluster: Cluster) -> list[psutil.Process]:
         return victims(cluster, self.kind)
@@ -92,7 +92,7 @@ class Signal:
 class Cut:
     """A model process loses its push links; nothing dies."""
 
-    clients = None
+    is_quiet = False
 
     def victims(self, cluster: Cluster) -> list[psutil.Process]:
         return [process for process in cluster.model_processes() if push_links.descriptors(process)]
@@ -113,7 +113,8 @@ class HostFailure:
     Xinference launches nothing again on a worker that returns while the model has a replica elsewhere.
     """
 
-    clients = FEWER
+    # Its processes import Xinference and vLLM, and engines that work take all of two cores.
+    is_quiet = True
 
     def victims(self, cluster: Cluster) -> list[int]:
         return list(range(len(cluster.workers)))
@@ -208,8 +209,10 @@ class Faults:
         self.strikes.append(strike)
         try:
             fault.do(self._cluster, victim)
-            self._traffic.allow(fault.clients)
+            if fault.is_quiet:
+                self._traffic.pause()
             fault.recover(self._cluster, victim, len(found))
+            self._traffic.resume()
             self._wait_for_answers()
         except (TimeoutError, RuntimeError, psutil.Error, OSError) as error:
             self.problems.append(f"{name} ({strike.victim}): {type(error).__name__}: {error}")
@@ -217,7 +220,7 @@ class Faults:
             fault.give_up(victim)
             return
         finally:
-            self._traffic.allow(None)
+            self._traffic.resume()
         strike.back = time.monotonic() - strike.at
         click.echo(f"{clock()} {name} ({strike.victim}): answers again after {strike.back:.1f} s")
 
