@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import click
 
-from . import events, kills, profile, recovery, serving, stalls, startup
+from . import events, journal, kills, profile, recovery, serving, stalls, startup
 
 benchmarks = click.Group(
     "bench",
     commands={
         "events": events.main,
+        "journal": journal.main,
         "kills": kills.main,
         "profile": profile.main,
         "recovery": recovery.main,

@@ -1,26 +1,27 @@
-"""Mixed traffic on a real cluster while processes of its engine are killed and stopped; nothing may be wrong or lost.
+"""Mixed traffic on real clusters while their processes, workers and links fail; nothing may be wrong or lost.
 
 ``python -m tests.bench.chaos --minutes 5 --seed 1`` (``tox -e chaos -- --minutes 5 --seed 1``) draws requests and
-faults from a seed that it prints. What each greedy request is to answer is asked before, undisturbed. How long answers
-take is printed and is no matter of passing.
+faults from a seed that it prints: half of the time on one replica, and half on two, of which each has a worker of its
+own. What each greedy request is to answer is asked before, undisturbed. How long answers take is printed and is no
+matter of passing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import getpass
 import os
 import random
 import re
 import secrets
 import shutil
 import signal
-import statistics
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +35,10 @@ from xinf_vllm_backend.demo.cluster import Cluster, title, wait_until
 from xinf_vllm_backend.demo.tiny_model import make_tiny_model, model_registration
 from xinf_vllm_backend.process.cleanup import SHARED_MEMORY
 
-from .launches import BOTH, ended
+from . import costs
+from .costs import Gap, Strike, Trouble
+from .faults import FAULTS, PATIENCE, WORKER, Faults, Signal, are_ready, clock
+from .launches import BOTH
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -50,11 +54,10 @@ ROUNDS = 3  # undisturbed, to see which answers are always the same
 LEAVE = 0.1  # share of the streams whose client leaves
 SILENCE = 1.0  # seconds without a chunk after which such a client leaves in any case
 PAUSE = 1.0  # seconds between a lost request and the client's next, or refusals would outnumber all else
-PATIENCE = 120.0  # seconds for one request, and for all that is waited for
-LEAST, MEAN = 3.0, 12.0  # seconds between two faults
-FEW = 3  # answers between two faults
+STALL = 0.3  # seconds without a chunk from which on a stream is looked at
 SHOWN = 5  # of those that were wrong or lost
-ROOM = {"fds": 8, "threads": 4, "MiB": 100}  # by which the model process may grow
+ROOM = {"fds": 8, "threads": 4, "MiB": 100}  # by which a model process may grow
+STARTED = 300.0  # seconds for a cluster
 
 PROMPTS = ("The keeper of the lighthouse", "Der Wärter schrieb jedes Schiff auf", "灯塔的守护人每天记录")
 SCHEMA = {
@@ -80,17 +83,28 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 LOGPROBS: dict[bool, dict[str, Any]] = {False: {"logprobs": 2}, True: {"logprobs": True, "top_logprobs": 2}}
 
-MODEL_PROCESS = "SIGKILL model process"
-FAULTS: dict[str, tuple[str, signal.Signals]] = {
-    "SIGKILL EngineCore": ("EngineCore", signal.SIGKILL),
-    "SIGKILL Worker": ("Worker", signal.SIGKILL),
-    "SIGSEGV Worker": ("Worker", signal.SIGSEGV),
-    "SIGABRT EngineCore": ("EngineCore", signal.SIGABRT),
-    "SIGTERM EngineCore": ("EngineCore", signal.SIGTERM),
-    "SIGSTOP EngineCore": ("EngineCore", signal.SIGSTOP),
-    "SIGSTOP Worker": ("Worker", signal.SIGSTOP),
-    "SIGKILL zygote": ("zygote", signal.SIGKILL),
-    MODEL_PROCESS: ("model process", signal.SIGKILL),
+WORKERS = ("127.0.0.2", "127.0.0.3")
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What is disturbed.
+
+    Attributes:
+        workers: addresses of the workers; none is xinference-local.
+        replicas: of the model; as many on each worker.
+        faults: that there are on it.
+    """
+
+    workers: Sequence[str]
+    replicas: int
+    faults: Sequence[str]
+
+
+# The link between processes of one host is a Unix socket, and between two workers and the API it is TCP.
+DEPLOYMENTS = {
+    "one replica": Deployment((), 1, [name for name in FAULTS if name != WORKER]),
+    "two workers": Deployment(WORKERS, 2, list(FAULTS)),
 }
 
 # -- requests
@@ -169,13 +183,16 @@ def _request(shape: str, chat: bool, stream: bool, number: int) -> Request:
     return Request(f"{shape} {route} {number + 1}", chat, arguments)
 
 
-def ask(client: OpenAI, request: Request, leave_after: int | None = None) -> Answer:
+def ask(
+    client: OpenAI, request: Request, leave_after: int | None = None, heard: Callable[[], None] = lambda: None
+) -> Answer:
     """The whole answer.
 
     Args:
         client: waits for each chunk as long as its time-out.
         request: of the table.
         leave_after: close the stream after so many chunks, or when there is none for a second.
+        heard: called at each chunk.
 
     Raises:
         CutError: the stream ended without a finish_reason.
@@ -188,6 +205,7 @@ def ask(client: OpenAI, request: Request, leave_after: int | None = None) -> Ans
     try:
         answer = create(**request.arguments, **leaving)
         for number, part in enumerate(answer if request.stream else [answer], 1):
+            heard()
             for choice in part.choices:
                 text += _text(choice)
                 tokens += _tokens(choice)
@@ -250,23 +268,6 @@ def references(client: OpenAI, requests: Sequence[Request], rounds: int, clients
 # -- traffic
 
 
-@dataclass(frozen=True)
-class Trouble:
-    """A request that went wrong.
-
-    Attributes:
-        request: its name.
-        begun: time.monotonic().
-        ended: time.monotonic().
-        what: what was expected and got, or the error.
-    """
-
-    request: str
-    begun: float
-    ended: float
-    what: str
-
-
 @dataclass
 class Traffic:
     """Clients that ask without end, each from a thread of its own.
@@ -285,6 +286,8 @@ class Traffic:
         lost: those that failed, or whose stream was cut.
         left: clients that left on purpose.
         slowest: seconds.
+        in_flight: requests that are.
+        gaps: those between chunks of streams that were longer than STALL.
     """
 
     client: OpenAI
@@ -299,9 +302,13 @@ class Traffic:
     lost: list[Trouble] = field(default_factory=list)
     left: int = 0
     slowest: float = 0.0
+    in_flight: int = 0
+    gaps: list[Gap] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
+        self._going = threading.Event()
+        self._going.set()
         self._ended = threading.Event()
         self._threads = [
             threading.Thread(target=self._ask_on, args=(number,), name=f"client-{number}", daemon=True)
@@ -312,9 +319,17 @@ class Traffic:
         for thread in self._threads:
             thread.start()
 
+    def pause(self) -> None:
+        """Let no client ask until :meth:`resume`; idempotent, as that is."""
+        self._going.clear()
+
+    def resume(self) -> None:
+        self._going.set()
+
     def end(self) -> None:
         """Let no client ask again, and wait for all; those that still wait in the end have lost their request."""
         self._ended.set()
+        self.resume()
         self.join(2 * PATIENCE)
         now = time.monotonic()
         stuck = [thread.name for thread in self._threads if thread.is_alive()]
@@ -335,18 +350,26 @@ class Traffic:
         while self._another():
             request = rng.choice(list(self.expected))
             leaves = rng.random() < self.leave and request.stream
-            self._ask(request, rng.randint(1, 40) if leaves else None)
+            problem = self._ask(request, rng.randint(1, 40) if leaves else None)
+            with self._lock:
+                self.in_flight -= 1
+            if problem:
+                self._ended.wait(PAUSE)
 
     def _another(self) -> bool:
+        self._going.wait()  # the end of the traffic sets it, too
         with self._lock:
             goes_on = not self._ended.is_set() and self.sent < self.most
             self.sent += goes_on
+            self.in_flight += goes_on
         return goes_on
 
-    def _ask(self, request: Request, leave_after: int | None) -> None:
+    def _ask(self, request: Request, leave_after: int | None) -> bool:
+        """Whether it was lost."""
         begun = time.monotonic()
+        heard = self._listener(begun) if request.stream else lambda: None
         try:
-            answer = ask(self.client, request, leave_after)
+            answer = ask(self.client, request, leave_after, heard)
         except LeftError:
             with self._lock:
                 self.left += 1
@@ -355,15 +378,31 @@ class Traffic:
             what = f"{type(error).__name__}: {error} {why!r}"
             with self._lock:
                 self.lost.append(Trouble(request.name, begun, time.monotonic(), what))
-            self._ended.wait(PAUSE)
+            return True
         else:
-            ended = time.monotonic()
-            expected = self.expected[request]
-            with self._lock:
-                self.answered += 1
-                self.slowest = max(self.slowest, ended - begun)
-                if not as_it_should(request, answer, expected):
-                    self.wrong.append(Trouble(request.name, begun, ended, difference(answer, expected)))
+            self._take(request, answer, begun)
+        return False
+
+    def _take(self, request: Request, answer: Answer, begun: float) -> None:
+        ended = time.monotonic()
+        expected = self.expected[request]
+        with self._lock:
+            self.answered += 1
+            self.slowest = max(self.slowest, ended - begun)
+            if not as_it_should(request, answer, expected):
+                self.wrong.append(Trouble(request.name, begun, ended, difference(answer, expected)))
+
+    def _listener(self, begun: float) -> Callable[[], None]:
+        """Notes how long there was no chunk, at each."""
+        last = begun
+
+        def heard() -> None:
+            nonlocal last
+            since, last = last, time.monotonic()
+            if last - since > STALL:
+                self.gaps.append(Gap(begun, since, last))
+
+        return heard
 
 
 def difference(got: Answer, expected: Answer) -> str:
@@ -374,132 +413,12 @@ def difference(got: Answer, expected: Answer) -> str:
     return f"from character {at}: expected {pieces[0]}, got {pieces[1]}"
 
 
-# -- faults
-
-
-@dataclass
-class Strike:
-    """A fault that was done.
-
-    Attributes:
-        name: a key of FAULTS.
-        pid: of the victim.
-        at: time.monotonic().
-        back: seconds until requests were answered again; None if they were not.
-    """
-
-    name: str
-    pid: int
-    at: float
-    back: float | None = None
-
-
-class Faults:
-    """One fault after the other; each only when the engine is ready and answers after the last.
-
-    Args:
-        cluster: where the victims are.
-        traffic: its answers are what is waited for.
-        names: of FAULTS.
-        seed: of what is drawn.
-        least: seconds between two.
-        mean: seconds between two.
-    """
-
-    def __init__(
-        self,
-        cluster: Cluster,
-        traffic: Traffic,
-        names: Sequence[str],
-        seed: int,
-        least: float = LEAST,
-        mean: float = MEAN,
-    ) -> None:
-        self.strikes: list[Strike] = []
-        self.problems: list[str] = []
-        self._cluster = cluster
-        self._traffic = traffic
-        self._names = names
-        self._rng = random.Random(f"{seed}/faults")
-        self._least = least
-        self._mean = mean
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._go_on, name="faults", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def end(self) -> None:
-        """No fault after this; the last one is recovered from, or a problem."""
-        self._ended.set()
-        self._thread.join(3 * PATIENCE)
-        if self._thread.is_alive():
-            self.problems.append("faults: stuck")
-
-    def strike(self, name: str) -> None:
-        """Do it and wait until requests are answered again; what does not happen in time is a problem."""
-        kind, how = FAULTS[name]
-        found = victims(self._cluster, kind)
-        if not found:  # the zygote, while the next one is on its way
-            click.echo(f"{clock()} {name}: there is none")
-            return
-        victim = self._rng.choice(found)
-        strike = Strike(name, victim.pid, time.monotonic())
-        victim.send_signal(how)
-        self.strikes.append(strike)
-        try:
-            until_ready(self._cluster, kind, victim)
-            enough = self._traffic.answered + FEW
-            wait_until(lambda: self._traffic.answered >= enough or not self._traffic.running, PATIENCE, "answers")
-        except TimeoutError as error:
-            self.problems.append(f"{name} (pid {victim.pid}): {error}")
-            click.echo(f"{clock()} {self.problems[-1]}")
-            with contextlib.suppress(psutil.NoSuchProcess):
-                victim.kill()  # the next fault is to be another one
-            return
-        strike.back = time.monotonic() - strike.at
-        click.echo(f"{clock()} {name} (pid {victim.pid}): answers again after {strike.back:.1f} s")
-
-    def _go_on(self) -> None:
-        while not self._ended.wait(self._least + self._rng.expovariate(1 / (self._mean - self._least))):
-            try:
-                self.strike(self._rng.choice(self._names))
-            except (RuntimeError, psutil.Error) as error:  # the cluster has ended, or the victim just then
-                self.problems.append(f"{type(error).__name__}: {error}")
-
-
-def victims(cluster: Cluster, kind: str) -> list[psutil.Process]:
-    if kind == "model process":
-        return cluster.model_processes()
-    if kind == "zygote":
-        return [process for process in cluster.processes() if title(process) == "xinf-vllm zygote"]
-    return cluster.engine_processes(kind)
-
-
-def until_ready(cluster: Cluster, kind: str, victim: psutil.Process) -> None:
-    """Wait until the ``victim`` has ended, there is another one, and the engine is ready.
-
-    Raises:
-        TimeoutError: it was not in time.
-    """
-    wait_until(lambda: ended(victim), PATIENCE, "the victim to end")
-    if kind != "zygote":  # without it engines start more slowly, but they do
-        wait_until(lambda: victims(cluster, kind), PATIENCE, f"another {kind}")
-    wait_until(lambda: status(cluster).get("state") == "ready", PATIENCE, "the engine to be ready")
-
-
-def status(cluster: Cluster) -> dict[str, Any]:
-    """What /engine shows for the one replica; {} if it does not answer."""
-    replicas = (cluster.get("/v1/models/tiny/engine") or {}).get("replicas")
-    return replicas[0] if replicas else {}
-
-
 # -- leaks
 
 
 @dataclass(frozen=True)
 class Use:
-    """What the model process holds: its pid, file descriptors, threads, and resident MiB."""
+    """What a model process holds: its pid, file descriptors, threads, and resident MiB."""
 
     pid: int
     fds: int
@@ -515,23 +434,22 @@ class State:
     """What there is of a cluster.
 
     Attributes:
-        use: of its model process; None if there is not just one.
+        uses: of its model processes.
         processes: how many of each title.
         zombies: children of its processes that nobody has waited for.
         marks: of engines that have no process any more, but files or names in shared memory.
     """
 
-    use: Use | None
+    uses: Sequence[Use]
     processes: Counter[str]
     zombies: int
     marks: frozenset[str]
 
 
-def use(cluster: Cluster) -> Use | None:
-    with contextlib.suppress(psutil.Error, ValueError):
-        (model,) = cluster.model_processes()
-        return Use(model.pid, model.num_fds(), model.num_threads(), model.memory_info().rss / (1 << 20))
-    return None
+def uses(cluster: Cluster) -> Iterator[Use]:
+    for model in cluster.model_processes():
+        with contextlib.suppress(psutil.Error):
+            yield Use(model.pid, model.num_fds(), model.num_threads(), model.memory_info().rss / (1 << 20))
 
 
 def state(cluster: Cluster) -> State:
@@ -542,7 +460,7 @@ def state(cluster: Cluster) -> State:
         with contextlib.suppress(psutil.Error):
             zombies += process.status() == psutil.STATUS_ZOMBIE and process.ppid() in pids
     titles = Counter(re.sub(r"\d+", "", title(process))[:40] for process in processes)
-    return State(use(cluster), titles, zombies, _marks())
+    return State(list(uses(cluster)), titles, zombies, _marks())
 
 
 def _marks() -> frozenset[str]:
@@ -563,10 +481,14 @@ def leaks(before: State, now: State) -> list[str]:
         found.append(f"{now.zombies - before.zombies} zombies")
     if marks := now.marks - before.marks:
         found.append(f"files or shared memory of {', '.join(sorted(marks))}")
-    if before.use is not None and now.use is not None and before.use.pid == now.use.pid:
-        grown = zip(ROOM.items(), _sizes(before.use), _sizes(now.use), strict=True)
-        found += [f"{unit}: {was:.0f}, then {now_is:.0f}" for (unit, room), was, now_is in grown if now_is > was + room]
+    for was, is_now in ((a, b) for a in before.uses for b in now.uses if a.pid == b.pid):
+        found += _grown(was, is_now)
     return found
+
+
+def _grown(before: Use, now: Use) -> list[str]:
+    sizes = zip(ROOM.items(), _sizes(before), _sizes(now), strict=True)
+    return [f"{unit}: {was:.0f}, then {is_now:.0f}" for (unit, room), was, is_now in sizes if is_now > was + room]
 
 
 def _sizes(use: Use) -> tuple[float, ...]:
@@ -576,33 +498,57 @@ def _sizes(use: Use) -> tuple[float, ...]:
 # -- the run
 
 
-def clock() -> str:
-    return time.strftime("%H:%M:%S")
-
-
 def launch(cluster: Cluster, model: Path, *arguments: str) -> None:
     """Register the tiny model and launch it once.
 
     Raises:
         RuntimeError: it does not start; the message ends with what the command line said.
     """
-    cluster.register(model_registration("tiny", model))
+    cluster.register(model_registration("tiny", model), persist=True)
     done = cluster.launch("tiny", *arguments)
     if done.returncode != 0:
         raise RuntimeError(f"xinference launch ended with {done.returncode}: {done.stderr.strip()[-1500:]}")
 
 
-def warm_up(cluster: Cluster, client: OpenAI) -> dict[Request, Answer]:
-    """The expected answers, for the engine and for the one that takes its place when it is killed.
+@contextlib.contextmanager
+def deployed(deployment: Deployment, model: Path, directory: Path) -> Iterator[Cluster]:
+    """A cluster of its own that serves ``model``."""
+    with _cluster(deployment, directory) as cluster:
+        launch(cluster, model, *LAUNCH, *RECOVERY, "--replica", str(deployment.replicas))
+        # The command line ends when the first replica is ready.
+        wait_until(lambda: are_ready(cluster, deployment.replicas), PATIENCE, "every replica to be ready")
+        yield cluster
+
+
+def _cluster(deployment: Deployment, directory: Path) -> Cluster:
+    if not deployment.workers:
+        return Cluster(directory=directory, start_timeout=STARTED)
+    # A name that is too long for a Unix socket in it, so that links are of TCP as between hosts.
+    (temporary := directory / ("t" * 100)).mkdir()
+    compiled = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"  # as usual; else it takes 20 s
+    environment = {"TMPDIR": str(temporary), "TORCHINDUCTOR_CACHE_DIR": str(compiled)}
+    return Cluster(
+        supervisor_worker=True,
+        worker_hosts=deployment.workers,
+        worker_env=environment,
+        directory=directory,
+        start_timeout=STARTED,
+    )
+
+
+def warm_up(cluster: Cluster, client: OpenAI, replicas: int) -> dict[Request, Answer]:
+    """The expected answers, for every engine and for those that take their places when they are killed.
 
     Raises:
-        RuntimeError: the second engine answers otherwise than the first.
+        RuntimeError: the second engines answer otherwise than the first.
         Exception: a request failed, though nothing disturbs it.
     """
     expected = references(client, table(), ROUNDS, CLIENTS)
-    (engine,) = cluster.engine_processes("EngineCore")
-    engine.kill()
-    until_ready(cluster, "EngineCore", engine)
+    kill = Signal("EngineCore", signal.SIGKILL)
+    for engine in kill.victims(cluster):
+        kill.do(cluster, engine)
+        kill.recover(cluster, engine, replicas)
+    wait_until(lambda: are_ready(cluster, replicas), PATIENCE, "every replica to be ready")
     again = references(client, list(expected), 1, CLIENTS)
     for request, answer in again.items():
         if not as_it_should(request, answer, expected[request]):
@@ -610,14 +556,14 @@ def warm_up(cluster: Cluster, client: OpenAI) -> dict[Request, Answer]:
     return expected
 
 
-def disturb(traffic: Traffic, faults: Faults, cluster: Cluster, minutes: float) -> None:
+def disturb(traffic: Traffic, faults: Faults, minutes: float) -> None:
     """Traffic and faults side by side for ``minutes``, and a line every minute."""
     traffic.start()
     faults.start()
     begun = time.monotonic()
     while (left := begun + 60 * minutes - time.monotonic()) > 0:
         traffic.join(min(60.0, left))  # it does not end by itself
-        click.echo(f"{clock()} {traffic.answered} answered; model process: {use(cluster) or 'none'}")
+        click.echo(f"{clock()} {traffic.answered} answered, {len(traffic.wrong)} wrong, {len(traffic.lost)} lost")
     faults.end()
     traffic.end()
 
@@ -630,61 +576,79 @@ def show(name: str, troubles: Sequence[Trouble], strikes: Sequence[Strike], sinc
         click.echo(f"{name}: {trouble.request}, {when} ({', '.join(near) or 'no fault'}): {trouble.what[:400]}")
 
 
-@click.command()
-@click.option("--minutes", default=5.0, show_default=True, help="How long faults go on.")
-@click.option("--seed", type=int, help="What to draw from; by default a new one, which is printed.")
-@click.option("--faults", "only", help="Those to draw, separated by commas; by default all but the next.")
-@click.option("--model-process", is_flag=True, help=f"{MODEL_PROCESS} too: what it was answering is lost.")
-def main(minutes: float, seed: int | None, only: str | None, model_process: bool) -> None:
-    """Disturb an engine under load; the exit status is 1 if anything was wrong, lost or left."""
-    seed = secrets.randbits(32) if seed is None else seed
-    names = only.split(",") if only else [name for name in FAULTS if model_process or name != MODEL_PROCESS]
-    if unknown := set(names) - set(FAULTS):
-        raise click.BadParameter(f"there is no {', '.join(sorted(unknown))}", param_hint="--faults")
-    directory = Path(tempfile.mkdtemp(prefix="chaos-", dir="/tmp"))
-    click.echo(f"{minutes:g} minutes, seed {seed}; what is said meanwhile is in {directory}")
-    with Cluster(directory=directory) as cluster:
-        launch(cluster, make_tiny_model(directory / "model"), *LAUNCH, *RECOVERY)
+def run(deployment: Deployment, names: Sequence[str], minutes: float, seed: int, model: Path, directory: Path) -> bool:
+    """Whether nothing was wrong, lost or left on a cluster of its own; prints what was."""
+    directory.mkdir()
+    with deployed(deployment, model, directory) as cluster:
         with cluster.openai(timeout=PATIENCE) as client:
-            expected = warm_up(cluster, client)
-            before, restarts = state(cluster), status(cluster).get("restarts", 0)
-            click.echo(f"{clock()} {len(expected)} requests to draw from; model process: {before.use}")
+            expected = warm_up(cluster, client, deployment.replicas)
+            before = state(cluster)
+            click.echo(f"{clock()} {len(expected)} requests to draw from")
             traffic = Traffic(client, expected, CLIENTS, seed, leave=LEAVE)
-            faults = Faults(cluster, traffic, names, seed)
+            faults = Faults(cluster, traffic, names, seed, deployment.replicas)
             begun = time.monotonic()
-            disturb(traffic, faults, cluster, minutes)
+            disturb(traffic, faults, minutes)
         with contextlib.suppress(TimeoutError):  # what is left then is said below
             wait_until(lambda: not leaks(before, state(cluster)), PATIENCE, "nothing to be left")
-        after, restarts = state(cluster), status(cluster).get("restarts", 0) - restarts
+        after = state(cluster)
     found = leaks(before, after)
     show("wrong", traffic.wrong, faults.strikes, begun)
     show("lost", traffic.lost, faults.strikes, begun)
     for line in (*faults.problems, *found):
         click.echo(line)
-    for name, value in summary(traffic, faults, {"restarts": restarts, "leaks": len(found)}).items():
+    for name, value in summary(traffic, faults, {"leaks": len(found)}).items():
         click.echo(f"{name:14} {value}")
-    click.echo(f"model process  {before.use}, then {after.use}")
-    if traffic.wrong or traffic.lost or faults.problems or found:
-        sys.exit(1)
-    shutil.rmtree(directory)
+    for name, of in (("at first", before.uses), ("in the end", after.uses)):
+        click.echo(f"{name:14} {'; '.join(map(str, of))}")
+    click.echo(costs.table(costs.costs(faults.strikes, traffic.lost, traffic.wrong, traffic.gaps)))
+    return not (traffic.wrong or traffic.lost or faults.problems or found)
 
 
 def summary(traffic: Traffic, faults: Faults, further: Mapping[str, object]) -> dict[str, object]:
-    """The lines at the end."""
-    back = [strike.back for strike in faults.strikes if strike.back is not None]
-    kinds = Counter(strike.name for strike in faults.strikes)
+    """The lines at the end, but for the table of the faults."""
     return {
         "sent": traffic.sent,
         "answered": traffic.answered,
         "wrong": len(traffic.wrong),
         "lost": len(traffic.lost),
         "left": traffic.left,
-        "faults": ", ".join(f"{count} {name}" for name, count in kinds.items()) or "none",
+        "faults": len(faults.strikes),
         "not recovered": len(faults.problems),
-        "answers again": f"{statistics.median(back):.1f} s, at worst {max(back):.1f} s" if back else "never",
         "slowest": f"{traffic.slowest:.1f} s",
         **further,
     }
+
+
+def _names(given: str, known: Collection[str], option: str) -> list[str]:
+    """Those that are given, separated by commas."""
+    names = given.split(",") if given else []
+    if unknown := set(names) - set(known):
+        raise click.BadParameter(f"there is no {', '.join(sorted(unknown))}", param_hint=option)
+    return names
+
+
+@click.command(epilog=f"The faults are {', '.join(FAULTS)}.")
+@click.option("--minutes", default=5.0, show_default=True, help="How long faults go on, on all deployments together.")
+@click.option("--seed", type=int, help="What to draw from; by default a new one, which is printed.")
+@click.option("--on", "chosen", default=",".join(DEPLOYMENTS), show_default=True, help="What to disturb.")
+@click.option("--faults", "only", default="", help="Those to draw, separated by commas; by default all.")
+@click.option("--without", default="", help="Those not to draw.")
+def main(minutes: float, seed: int | None, chosen: str, only: str, without: str) -> None:
+    """Disturb models under load; the exit status is 1 if anything was wrong, lost or left."""
+    seed = secrets.randbits(32) if seed is None else seed
+    drawn = set(_names(only, FAULTS, "--faults") or FAULTS) - set(_names(without, FAULTS, "--without"))
+    named = _names(chosen, DEPLOYMENTS, "--on")
+    on = {name: faults for name in named if (faults := [each for each in DEPLOYMENTS[name].faults if each in drawn])}
+    directory = Path(tempfile.mkdtemp(prefix="chaos-", dir="/tmp"))
+    click.echo(f"{minutes:g} minutes, seed {seed}; what is said meanwhile is in {directory}")
+    model = make_tiny_model(directory / "model")
+    passed = True
+    for number, (name, faults) in enumerate(on.items()):
+        click.echo(f"{clock()} {name}")
+        passed &= run(DEPLOYMENTS[name], faults, minutes / len(on), seed, model, directory / f"{number}")
+    if not passed:
+        sys.exit(1)
+    shutil.rmtree(directory)
 
 
 if __name__ == "__main__":

@@ -32,8 +32,10 @@ from xinf_vllm_backend.demo.cluster import STOCK_ON_CPU, Cluster, wait_until
 from xinf_vllm_backend.demo.tiny_model import make_tiny_model
 
 from . import report
-from .chaos import FAULTS, LAUNCH, MODEL_PROCESS, Faults, Traffic, clock, launch, references, show, table, victims
+from .chaos import LAUNCH, STARTED, WORKERS, Traffic, launch, references, show, table
 from .engines import KV_CACHE, REQUESTS, TOKENS
+from .faults import FAULTS, MODEL_PROCESS, Faults, Signal, clock, victims
+from .launches import EXTENSION
 from .report import Samples, Table
 
 if TYPE_CHECKING:
@@ -45,6 +47,14 @@ CLIENTS = (1, 32)
 NO_FAULT = "none"
 # The model process comes last of each: stock's engine outlives it.
 DRAWN = (NO_FAULT, "SIGKILL EngineCore", "SIGKILL Worker", "SIGSTOP EngineCore", MODEL_PROCESS)
+SIBLINGS = (MODEL_PROCESS,)  # those that a second replica helps against
+ONE = "one replica"
+# What Cluster is given, and how many replicas there are.
+DEPLOYMENTS: dict[str, tuple[dict[str, Any], int]] = {
+    ONE: ({}, 1),
+    "two replicas": ({}, 2),
+    "two workers": ({"supervisor_worker": True, "worker_hosts": WORKERS}, 2),
+}
 HANG = ("--hang_timeout", "5")
 # Each fault is to be the first in a row: further ones are answered after a back-off.
 OURS = (*HANG, "--max_restarts", "50", "--restart_refill", "2")
@@ -55,6 +65,8 @@ LENGTH = 160  # tokens of a stream, for which it takes some seconds: it has to b
 BOUND = 120.0  # seconds after which "never" is said
 STOPPED = 40.0  # seconds; the same for stock whose EngineCore is stopped, which is continued then
 ATTEMPTS = 5  # to have all streams run at the same time
+IN_A_ROW = 4  # answers to new requests, of which two replicas get two each
+LOOK = 0.3  # seconds to see which model process works
 RESEND = 0.2  # seconds from a refusal to the next try
 BACK = 180.0  # seconds until a side has to answer after a fault
 RUN = 1800.0  # seconds that all requests of the second part may take
@@ -69,9 +81,11 @@ NOTES = f"""\
 The longest silence of each stream from the signal on, at which all ran: what was on its way comes first, then nothing
 until the engine is back. "Never": the stream failed, or was silent until the end, after
 {BOUND:g} s ({STOPPED:g} s where stock's EngineCore is stopped, which is continued then). The first answer is that of a
-new request, sent at the signal and again {RESEND:g} s after each refusal. Ours is launched with `{" ".join(OURS)}`,
-stock with the sizes without which it does not start on a CPU; both with `{" ".join(LAUNCH)}`, and both with a
-model of {LAYERS} tiny layers: with two, streams come in bursts on two cores, also when nothing happens.
+new request, sent at the signal and again {RESEND:g} s after each refusal. Of two replicas, on one worker or on a worker
+each, the one that serves most dies, and the first answer is that after which {IN_A_ROW} requests in a row are answered;
+about half of 32 streams run on the other replica, and are never silent for long. Ours is launched with
+`{" ".join(OURS)}`, stock with the sizes without which it does not start on a CPU; both with `{" ".join(LAUNCH)}`,
+and both with a model of {LAYERS} tiny layers: with two, streams come in bursts on two cores, also when nothing happens.
 """
 
 # -- one fault
@@ -113,41 +127,52 @@ class Stream:
 
 @dataclass
 class Newcomer:
-    """A request that is sent at the fault and again after each refusal; ``after`` is seconds, None while it waits."""
+    """A request that is sent at the fault and again after each refusal.
+
+    Attributes:
+        in_a_row: answers without a refusal between them, after which no more is asked for.
+        after: seconds until the first of those was answered; None while it waits.
+    """
 
     client: OpenAI
     since: float
     bound: float
+    in_a_row: int = 1
     after: float | None = None
 
     def ask(self) -> None:
-        while (left := self.since + self.bound - time.monotonic()) > 0:
+        answered: list[float] = []
+        while len(answered) < self.in_a_row and (left := self.since + self.bound - time.monotonic()) > 0:
             try:
                 self.client.completions.create(model="tiny", prompt="a", max_tokens=2, temperature=0, timeout=left)
             except openai.OpenAIError:
+                answered.clear()
                 time.sleep(RESEND)
             else:
-                self.after = time.monotonic() - self.since
-                return
-        self.after = math.inf
+                answered.append(time.monotonic() - self.since)
+        self.after = answered[0] if len(answered) == self.in_a_row else math.inf
 
 
-def strike(cluster: Cluster, clients: int, fault: str, bound: float) -> dict[str, float]:
-    """What ``fault`` does to ``clients`` streams and to a new request, by the names above; ``bound`` in seconds.
+def strike(cluster: Cluster, clients: int, fault: str, bound: float, replicas: int = 1) -> dict[str, float]:
+    """What ``fault`` does to ``clients`` streams and to new requests, by the names above; ``bound`` in seconds.
 
     Raises:
         TimeoutError: the model did not serve before it, or not all streams began.
         RuntimeError: not all streams ran at it.
     """
-    wait_until(lambda: cluster.answers("tiny", timeout=10.0), BACK, "an answer before the fault")
-    kind, how = FAULTS.get(fault, ("EngineCore", 0))  # signal 0 does nothing
-    engine = cluster.engine_processes()  # before the streams: looking takes a while, and they are to run at the signal
-    victim = max(victims(cluster, kind), key=psutil.Process.create_time)
+    in_a_row = IN_A_ROW if replicas > 1 else 1
+    wait_until(lambda: _serves(cluster, replicas, in_a_row), BACK, "every replica to serve before the fault")
+    known = FAULTS.get(fault)
+    kind, how = (known.kind, known.signal) if isinstance(known, Signal) else ("EngineCore", 0)  # 0 does nothing
+    # Before the streams: looking takes a while, and they are to run at the signal.
+    found = sorted(victims(cluster, kind), key=psutil.Process.create_time)
+    families = {process: process.children(recursive=True) for process in found}
     with cluster.openai(timeout=BOUND) as client:
         streams, readers = _all_running(client, clients)
+        victim = _busiest(found) if replicas > 1 else found[-1]
         since = time.monotonic()
         victim.send_signal(how)
-        newcomer = Newcomer(client, since, bound)
+        newcomer = Newcomer(client, since, bound, in_a_row)
         readers.append(threading.Thread(target=newcomer.ask, daemon=True))
         readers[-1].start()
         with contextlib.suppress(TimeoutError):
@@ -160,11 +185,25 @@ def strike(cluster: Cluster, clients: int, fault: str, bound: float) -> dict[str
         for reader in readers:
             reader.join(max(0.0, until + BOUND - time.monotonic()))
     if fault == MODEL_PROCESS:
-        for orphan in engine:
+        for orphan in families[victim]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 orphan.kill()
     first = math.inf if newcomer.after is None else newcomer.after
     return {MEDIAN: statistics.median(silences), WORST: max(silences), FIRST: first, FAILED: 100 * failed / clients}
+
+
+def _serves(cluster: Cluster, replicas: int, in_a_row: int) -> bool:
+    shown = cluster.get("/v1/models/tiny/replicas") or ()
+    if sum(each["status"] == "READY" for each in shown) != replicas:
+        return False
+    return all(cluster.answers("tiny", timeout=10.0) for _ in range(in_a_row))
+
+
+def _busiest(processes: Sequence[psutil.Process]) -> psutil.Process:
+    """The one that used most CPU time of late: that of the replica which serves a single stream."""
+    before = {process: sum(process.cpu_times()[:2]) for process in processes}
+    time.sleep(LOOK)
+    return max(processes, key=lambda process: sum(process.cpu_times()[:2]) - before[process])
 
 
 def _all_running(client: OpenAI, clients: int) -> tuple[list[Stream], list[threading.Thread]]:
@@ -182,29 +221,45 @@ def _all_running(client: OpenAI, clients: int) -> tuple[list[Stream], list[threa
     raise RuntimeError(f"{clients} streams did not run at the same time in {ATTEMPTS} attempts")
 
 
-def measure_faults(samples: Samples, model: Path, rounds: int, faults: Sequence[str]) -> None:
+def measure_faults(
+    samples: Samples, model: Path, rounds: int, faults: Sequence[str], deployments: Sequence[str]
+) -> None:
     for number in range(rounds):
-        for side in SIDES[::-1] if number % 2 else SIDES:
-            with Cluster() if side == "ours" else Cluster(extension=None) as cluster:
-                launch(cluster, model, *LAUNCH, *(OURS if side == "ours" else STOCK_ON_CPU))
-                for clients in CLIENTS:
-                    for fault in faults:
-                        _say(f"round {number + 1}, {side}: {fault}, {clients} streams")
-                        stopped = fault == "SIGSTOP EngineCore" and side == "stock"
-                        for what, value in strike(cluster, clients, fault, STOPPED if stopped else BOUND).items():
-                            samples.add(f"{fault}, {clients}: {what}", side, value)
+        for deployment in deployments:
+            there = [fault for fault in faults if deployment == ONE or fault in SIBLINGS]
+            for side in SIDES[::-1] if number % 2 else SIDES:
+                _say(f"round {number + 1}, {side}: {deployment}")
+                _measure_side(samples, model, side, there, deployment)
 
 
-def faults_markdown(samples: Samples, faults: Sequence[str]) -> str:
+def _measure_side(samples: Samples, model: Path, side: str, faults: Sequence[str], deployment: str) -> None:
+    given, replicas = DEPLOYMENTS[deployment]
+    with Cluster(extension=EXTENSION if side == "ours" else None, start_timeout=STARTED, **given) as cluster:
+        arguments = (*LAUNCH, *(OURS if side == "ours" else STOCK_ON_CPU), "--replica", str(replicas))
+        launch(cluster, model, *arguments)
+        for clients in CLIENTS:
+            for fault in faults:
+                _say(f"{side}, {deployment}: {fault}, {clients} streams")
+                stopped = fault == "SIGSTOP EngineCore" and side == "stock"
+                measured = strike(cluster, clients, fault, STOPPED if stopped else BOUND, replicas)
+                for what, value in measured.items():
+                    samples.add(f"{row(fault, deployment)}, {clients}: {what}", side, value)
+
+
+def row(fault: str, deployment: str) -> str:
+    return fault if deployment == ONE else f"{fault}, {deployment}"
+
+
+def faults_markdown(samples: Samples, faults: Sequence[str], deployments: Sequence[str]) -> str:
     head = "| fault | streams | side | longest silence of a stream: median | worst | first answer | failed |"
     lines = [head, "|--" * 7 + "|"]
-    for fault in faults:
+    for name in (row(fault, deployment) for deployment in deployments for fault in faults):
         for clients in CLIENTS:
             for side in SIDES:
-                series = [samples.of(f"{fault}, {clients}: {what}", side) for what in (MEDIAN, WORST, FIRST, FAILED)]
+                series = [samples.of(f"{name}, {clients}: {what}", side) for what in (MEDIAN, WORST, FIRST, FAILED)]
                 if all(series):
                     figures = [*(report.figure(each, "s") for each in series[:-1]), report.figure(series[-1], "%")]
-                    lines.append(f"| {fault} | {clients} | {side} | {' | '.join(figures)} |")
+                    lines.append(f"| {name} | {clients} | {side} | {' | '.join(figures)} |")
     return "\n".join(["## One fault", "", NOTES, *lines, ""])
 
 
@@ -219,7 +274,7 @@ def many_requests(model: Path, count: int, seed: int) -> str:
             _say("what each request answers, undisturbed")
             expected = references(client, table(SHAPES), 2, CLIENTS[-1])
             traffic = Traffic(client, expected, CLIENTS[-1], seed, most=count)
-            faults = Faults(cluster, traffic, KILLS, seed, LEAST, MEAN)
+            faults = Faults(cluster, traffic, KILLS, seed, least=LEAST, mean=MEAN)
             begun = time.monotonic()
             traffic.start()
             faults.start()
@@ -376,22 +431,24 @@ def _say(what: str) -> None:
 @click.command()
 @click.option("--rounds", default=1, show_default=True, help="How often to go through the faults, alternating.")
 @click.option("--faults", default=",".join(DRAWN), show_default=True, help="Those to measure.")
+@click.option("--on", "chosen", default=",".join(DEPLOYMENTS), show_default=True, help="What the faults are of.")
 @click.option("--requests", default=1000, show_default=True, help="How many while engines are killed; ours only.")
 @click.option("--overhead-rounds", default=5, show_default=True, help="How often to measure throughput.")
 @click.option("--seed", default=1, show_default=True, help="Of the requests, and of the kills meanwhile.")
 @click.option("--only", default=",".join(PARTS), show_default=True, help="Parts.")
-def main(rounds: int, faults: str, requests: int, overhead_rounds: int, seed: int, only: str) -> None:
+def main(rounds: int, faults: str, chosen: str, requests: int, overhead_rounds: int, seed: int, only: str) -> None:
     """Measure what deaths of engines cost the requests, and what being ready for them costs."""
-    parts, names = set(only.split(",")), faults.split(",")
-    if unknown := (parts - set(PARTS)) | (set(names) - {NO_FAULT, *FAULTS}):
+    parts, names, deployments = set(only.split(",")), faults.split(","), chosen.split(",")
+    known = {NO_FAULT, *(name for name, fault in FAULTS.items() if isinstance(fault, Signal))}
+    if unknown := (parts - set(PARTS)) | (set(names) - known) | (set(deployments) - set(DEPLOYMENTS)):
         raise click.UsageError(f"there is no {', '.join(sorted(unknown))}")
     samples = Samples()
     with tempfile.TemporaryDirectory() as made:
         model = make_tiny_model(Path(made) / "tiny")
         if "faults" in parts:
             slow = make_tiny_model(Path(made) / "slow", num_hidden_layers=LAYERS)
-            measure_faults(samples, slow, rounds, names)
-            click.echo(faults_markdown(samples, names))
+            measure_faults(samples, slow, rounds, names, deployments)
+            click.echo(faults_markdown(samples, names, deployments))
         if "requests" in parts:
             click.echo(many_requests(model, requests, seed))
         if "overhead" in parts:

@@ -25,14 +25,15 @@ from .engines import KV_CACHE
 from .launches import APPEARS, EXTENSION, PATIENCE, wait_for_host_zygote
 from .load import MODEL
 
-VLLM, STOCK, OURS, PULL = "vllm", "stock", "ours", "pull"
+VLLM, STOCK, OURS, PULL, BARE = "vllm", "stock", "ours", "pull", "without failover"
 # Those through Xinference: extension and environment of the cluster.
 CLUSTERS: dict[str, tuple[str | None, dict[str, str]]] = {
     STOCK: (None, {}),
     OURS: (EXTENSION, {}),
     PULL: (EXTENSION, {"XINF_VLLM_PUSH": "off"}),
+    BARE: (EXTENSION, {"XINF_VLLM_FAILOVER": "off"}),
 }
-SYSTEMS = (VLLM, *CLUSTERS)
+SYSTEMS = (VLLM, STOCK, OURS, PULL)
 # The same for all; stock does not start on a CPU without the last two. vLLM's server has a default of its own for the
 # tokens of a batch.
 ENGINE = {

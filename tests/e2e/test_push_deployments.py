@@ -162,7 +162,7 @@ def apart(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     temporary = tmp_path_factory.mktemp("a-directory-whose-name-is-too-long-for-a-socket-in-it" * 2)
     compiled = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"  # as usual; else it takes 20 s
     environment = {"TMPDIR": str(temporary), "TORCHINDUCTOR_CACHE_DIR": str(compiled)}
-    with Cluster(supervisor_worker=True, worker_host=WORKER, worker_env=environment) as running:
+    with Cluster(supervisor_worker=True, worker_hosts=[WORKER], worker_env=environment) as running:
         model = {"model": json.dumps(model_registration("tiny", tiny_model)), "persist": False}
         url = f"{running.endpoint}/v1/model_registrations/LLM"
         assert httpx.post(url, json=model, timeout=BOUND, trust_env=False).status_code == httpx.codes.OK

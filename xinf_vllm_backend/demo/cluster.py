@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import tempfile
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -34,6 +33,7 @@ T = TypeVar("T")
 STOCK_ON_CPU = ("--tensor_parallel_size", "1", "--block_size", "128")
 # Every process of the cluster inherits it, so that it is found also after its parent died.
 _MARK = "XINF_VLLM_CLUSTER"
+_WORKER = "XINF_VLLM_CLUSTER_WORKER"  # the same for every process of one worker
 _POLL = 0.1
 
 
@@ -53,7 +53,7 @@ def wait_until(predicate: Callable[[], T], timeout: float, what: str) -> T:
 
 
 class Cluster:
-    """A running ``xinference-local``, or supervisor and worker, of the Python environment this runs in.
+    """A running ``xinference-local``, or supervisor and workers, of the Python environment this runs in.
 
     A context manager: entering starts it and waits until it takes models; leaving stops it and leaves no process and,
     unless ``directory`` was given, no file.
@@ -61,12 +61,16 @@ class Cluster:
     Args:
         extension: what ``XINFERENCE_EXTENSIONS`` is to be; None is stock Xinference.
         supervisor_worker: start ``xinference-supervisor`` and ``xinference-worker`` in place of ``xinference-local``.
-        worker_host: address of ``xinference-worker``.
-        worker_env: further environment variables of ``xinference-worker`` alone.
+        worker_hosts: address of each ``xinference-worker``; its number is its place here.
+        worker_env: further environment variables of the workers alone.
         virtual_env: give every model a virtual environment of its own, Xinference's default; off saves time.
         env: further environment variables of the cluster and of its command line.
         directory: the home and the log go there and stay; by default into a temporary directory.
         start_timeout: seconds to be up within.
+
+    Attributes:
+        endpoint: URL of the REST API.
+        workers: address and port of each ``xinference-worker``, by its number.
     """
 
     def __init__(
@@ -74,7 +78,7 @@ class Cluster:
         *,
         extension: str | None = "xinf_vllm_backend:extension",
         supervisor_worker: bool = False,
-        worker_host: str = "127.0.0.1",
+        worker_hosts: Sequence[str] = ("127.0.0.1",),
         worker_env: Mapping[str, str] | None = None,
         virtual_env: bool = False,
         env: Mapping[str, str] | None = None,
@@ -83,16 +87,17 @@ class Cluster:
     ) -> None:
         self._mark = uuid.uuid4().hex
         self._supervisor_worker = supervisor_worker
-        self._worker_host = worker_host
         self._worker_env = worker_env or {}
         self._start_timeout = start_timeout
         self._keep = directory is not None
         self.directory = Path(directory or tempfile.mkdtemp(prefix="xinf-vllm-")).resolve()
         self.log_path = self.directory / "cluster.log"
-        self._port, self._supervisor_port, self._worker_port = _free_ports(3)
+        self._port, self._supervisor_port, *ports = _free_ports(2 + len(worker_hosts))
+        self.workers = [f"{host}:{port}" for host, port in zip(worker_hosts, ports, strict=True)]
         self.endpoint = f"http://127.0.0.1:{self._port}"
         self._services: list[subprocess.Popen[bytes]] = []
-        self._guards: list[subprocess.Popen[bytes]] = []
+        self._worker_services: dict[int, subprocess.Popen[bytes]] = {}
+        self._guards: dict[int, subprocess.Popen[bytes]] = {}  # by the pid of the service
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("XINFERENCE_")},
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
@@ -136,18 +141,38 @@ class Cluster:
             "xinference-supervisor", *host, "--port", str(self._port), "--supervisor-port", str(self._supervisor_port)
         )
         wait_until(self._answers, self._start_timeout, "the supervisor to answer")
-        here = ("--host", self._worker_host, "--metrics-exporter-host", self._worker_host)
-        arguments = (*here, "--worker-port", str(self._worker_port), "--endpoint", self.endpoint)
-        self._serve("xinference-worker", *arguments, env=self._worker_env)
+        for number in range(len(self.workers)):
+            self.start_worker(number)
+
+    def start_worker(self, number: int) -> None:
+        """Start the worker of that number, without waiting for it; one that was killed returns to its address."""
+        host, _, port = self.workers[number].rpartition(":")
+        arguments = ("--host", host, "--metrics-exporter-host", host, "--worker-port", port)
+        env = {**self._worker_env, _WORKER: f"{self._mark}/{number}"}
+        service = self._serve("xinference-worker", *arguments, "--endpoint", self.endpoint, env=env)
+        self._worker_services[number] = service
+
+    def kill_worker(self, number: int) -> None:
+        """SIGKILL the worker of that number with all its processes, as when its host fails.
+
+        Raises:
+            TimeoutError: one of them outlived it.
+        """
+        service = self._worker_services.pop(number)
+        self._services.remove(service)
+        self._dismiss_guard(service.pid)
+        service.kill()
+        service.wait(10.0)
+        wait_until(lambda: not _killed(self.worker_processes(number)), 10.0, f"worker {number} to be gone")
 
     def wait_until_up(self, timeout: float) -> None:
-        """Wait until a worker is there to take models.
+        """Wait until every worker is there to take models.
 
         Raises:
             RuntimeError: a service ended, or ``timeout`` seconds passed; the message ends with the end of the log.
         """
         try:
-            wait_until(self._has_worker, timeout, f"the cluster at {self.endpoint}")
+            wait_until(self._has_workers, timeout, f"the cluster at {self.endpoint}")
         except (RuntimeError, TimeoutError) as error:
             raise RuntimeError(f"Xinference did not come up: {error}\n{self.log_text()[-4000:]}") from None
 
@@ -170,15 +195,20 @@ class Cluster:
         """The command line that :meth:`cli` runs."""
         return [_program("xinference"), command, "-e", self.endpoint, *args]
 
-    def register(self, definition: dict[str, Any]) -> None:
+    def register(self, definition: dict[str, Any], persist: bool = False) -> None:
         """``xinference register`` a custom LLM (see :func:`.tiny_model.model_registration`).
+
+        Args:
+            definition: of the model.
+            persist: write it to Xinference's home, too; only then does a worker that is started later know it.
 
         Raises:
             RuntimeError: Xinference refused it; the message ends with what it said.
         """
         path = self.directory / f"{definition['model_name']}.json"
         path.write_text(json.dumps(definition))
-        done = self.cli("register", "--model-type", "LLM", "--file", str(path))
+        kept = ("--persist",) if persist else ()
+        done = self.cli("register", "--model-type", "LLM", "--file", str(path), *kept)
         if done.returncode != 0:
             raise RuntimeError(f"model {definition['model_name']} was not registered: {done.stderr.strip()[-1000:]}")
 
@@ -238,6 +268,10 @@ class Cluster:
         """Every live process of this cluster, orphans included, by pid."""
         return sorted(processes_with(_MARK, self._mark), key=lambda process: process.pid)
 
+    def worker_processes(self, number: int) -> list[psutil.Process]:
+        """Every live process of the worker of that number, orphans included."""
+        return list(processes_with(_WORKER, f"{self._mark}/{number}"))
+
     def engine_processes(self, kind: str = "") -> list[psutil.Process]:
         """vLLM's processes; ``kind`` "EngineCore" or "Worker" gives only those."""
         return [process for process in self.processes() if title(process).startswith(f"VLLM::{kind}")]
@@ -263,10 +297,8 @@ class Cluster:
         Raises:
             TimeoutError: a process outlived even SIGKILL.
         """
-        while self._guards:
-            guard = self._guards.pop()
-            guard.kill()
-            guard.communicate()
+        for pid in list(self._guards):
+            self._dismiss_guard(pid)
         deadline = time.monotonic() + timeout
         for service in reversed(self._services):  # the worker before its supervisor
             if service.poll() is None:
@@ -276,7 +308,7 @@ class Cluster:
         with contextlib.suppress(TimeoutError):
             wait_until(lambda: not self.processes(), max(0.0, deadline - time.monotonic()), "the processes to end")
         left = [f"{process.pid} {title(process)}" for process in self.processes()]
-        wait_until(self._killed, 10.0, "killed processes to be gone")
+        wait_until(self._all_killed, 10.0, "killed processes to be gone")
         return left
 
     def close(self) -> None:
@@ -298,7 +330,7 @@ class Cluster:
             (cache / "modelinfos").symlink_to(known, target_is_directory=True)
         return cache
 
-    def _serve(self, program: str, *args: str, env: Mapping[str, str] | None = None) -> None:
+    def _serve(self, program: str, *args: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
         with self.log_path.open("ab") as log:
             service = subprocess.Popen(
                 [_program(program), *args],
@@ -312,22 +344,25 @@ class Cluster:
         self._services.append(service)
         # Should this process die without stopping it, the guard reads the end of its pipe and does.
         guard = ["sh", "-c", f"read released || kill {service.pid}"]
-        self._guards.append(subprocess.Popen(guard, stdin=subprocess.PIPE, start_new_session=True))
+        self._guards[service.pid] = subprocess.Popen(guard, stdin=subprocess.PIPE, start_new_session=True)
+        return service
+
+    def _dismiss_guard(self, pid: int) -> None:
+        guard = self._guards.pop(pid)
+        guard.kill()
+        guard.communicate()
 
     def _answers(self) -> bool:
         return self.get("/v1/cluster/auth") is not None
 
-    def _has_worker(self) -> bool:
-        return bool(self.get("/v1/workers"))
+    def _has_workers(self) -> bool:
+        # The supervisor does not answer while one that it knows does not answer it.
+        return len(self.get("/v1/workers") or ()) == len(self.workers)
 
-    def _killed(self) -> bool:
+    def _all_killed(self) -> bool:
         for service in self._services:
             service.poll()  # reaps it
-        left = self.processes()
-        for process in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(signal.SIGKILL)
-        return not left
+        return not _killed(self.processes())
 
 
 def launch_arguments(name: str, *args: str) -> list[str]:
@@ -343,6 +378,15 @@ def processes_with(variable: str, value: str) -> Iterator[psutil.Process]:
         with contextlib.suppress(psutil.Error, OSError):
             if process.environ().get(variable) == value and process.status() != psutil.STATUS_ZOMBIE:
                 yield process
+
+
+def _killed(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Those that were still there to kill."""
+    left = list(processes)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    return left
 
 
 def title(process: psutil.Process) -> str:
