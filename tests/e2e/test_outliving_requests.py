@@ -128,7 +128,7 @@ def process(cluster: Cluster) -> psutil.Process:
 
 def serving(cluster: Cluster) -> Any:
     [replica] = cluster.get(f"/v1/models/{UID}/engine")["replicas"]
-    return replica if replica.get("state") == "ready" else None
+    return replica if replica.get("state") == "ready" and "pid" in replica else None  # without: it did not answer
 
 
 @pytest.fixture(scope="module")
@@ -175,8 +175,8 @@ def test_a_request_that_comes_while_there_is_no_process_waits(
 def test_nothing_is_left_of_them(lasting: Cluster, disturbed: dict[str, Future[Any]]) -> None:
     for answer in disturbed.values():
         answer.exception(2 * BOUND)
+    wait_until(lambda: (serving(lasting) or {}).get("requests") == 0, BOUND, "the requests to end")
     wait_until(lambda: serving(lasting)["push"]["streams"] == 0, BOUND, "the streams of the link to end")
-    wait_until(lambda: serving(lasting)["requests"] == 0, BOUND, "the requests to end")
 
 
 def held(lasting: Cluster, hold: Path, pool: ThreadPoolExecutor, ask: Callable[[], Any]) -> Future[Any]:

@@ -26,8 +26,8 @@ pytestmark = pytest.mark.e2e
 T = TypeVar("T")
 
 BOUND = 120.0  # seconds; reached only by what hangs
-WORKER = "127.0.0.2"
-ONE, TWO = "one", "two"  # models, by their replicas
+WORKER, OTHER = "127.0.0.2", "127.0.0.3"
+ONE, TWO, SPREAD = "one", "two", "spread"  # models; the latter have two replicas
 LIMIT = 4  # requests at once of a replica
 LONG = 1900  # tokens
 SILENT = "the peer was silent for"
@@ -148,25 +148,25 @@ def api_processes(cluster: Cluster) -> list[psutil.Process]:
     return [process for process in cluster.processes() if "start_api.py" in title(process)]
 
 
-def launch(cluster: Cluster, model: str, replica: int) -> None:
+def launch(cluster: Cluster, model: str, replica: int, **given: str) -> None:
     body = {"model_name": "tiny", "model_type": "LLM", "model_engine": "vLLM", "enforce_eager": True}
     body |= {"dtype": "float32"}  # in which another prefill gives the same text
-    body |= {"model_uid": model, "replica": replica, "request_limits": LIMIT}
+    body |= {"model_uid": model, "replica": replica, "request_limits": LIMIT} | given
     answer = httpx.post(f"{cluster.endpoint}/v1/models", json=body, timeout=BOUND, trust_env=False)
     assert answer.status_code == httpx.codes.OK, answer.text
 
 
 @pytest.fixture(scope="module")
 def apart(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Supervisor and worker on two addresses; no Unix socket of the worker's has a name that is short enough."""
+    """A supervisor and two workers, each on an address of its own; no Unix socket of a worker's can have a name."""
     temporary = tmp_path_factory.mktemp("a-directory-whose-name-is-too-long-for-a-socket-in-it" * 2)
     compiled = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"  # as usual; else it takes 20 s
     environment = {"TMPDIR": str(temporary), "TORCHINDUCTOR_CACHE_DIR": str(compiled)}
-    with Cluster(supervisor_worker=True, worker_hosts=[WORKER], worker_env=environment) as running:
+    with Cluster(supervisor_worker=True, worker_hosts=(WORKER, OTHER), worker_env=environment) as running:
         model = {"model": json.dumps(model_registration("tiny", tiny_model)), "persist": False}
         url = f"{running.endpoint}/v1/model_registrations/LLM"
         assert httpx.post(url, json=model, timeout=BOUND, trust_env=False).status_code == httpx.codes.OK
-        launch(running, ONE, 1)
+        launch(running, ONE, 1, worker_ip=WORKER)
         yield running
         assert running.stop() == []
 
@@ -303,3 +303,12 @@ def test_a_stream_goes_on_when_its_process_dies_while_the_supervisor_is_relaunch
 
     wait_until(is_over, BOUND, "the relaunch of the supervisor to end")
     becomes(apart, ONE, [(1, 0)])
+
+
+def test_streams_of_a_worker_that_is_killed_go_on_at_the_other(apart: Cluster, undisturbed: str) -> None:
+    launch(apart, SPREAD, 2)
+    streams = begun(apart, SPREAD, 2 * LIMIT)
+    assert all(links for links, _ in pushes(apart, SPREAD))
+    apart.kill_worker(1)
+    assert [stream.text for stream in ended(streams)] == [undisturbed] * len(streams)
+    assert [stream.text for stream in ended(begun(apart, SPREAD, LIMIT))] == [undisturbed] * LIMIT
