@@ -127,10 +127,7 @@ class Served:
                 return self._best(living, request)
             self._lost_at = self._lost_at or time.monotonic()
             if time.monotonic() - self._lost_at > self.recovery_timeout:
-                raise EngineRestartingError(
-                    f"No replica of the model {self.model_uid} has served for {self.recovery_timeout:g} s; send the "
-                    "request again later."
-                )
+                raise self.overdue()
             await asyncio.sleep(LOOK_AGAIN)
 
     def living(self) -> list[Replica]:
@@ -139,6 +136,13 @@ class Served:
     def is_overdue(self) -> bool:
         """Whether none of its replicas has lived for longer than requests wait."""
         return self._lost_at is not None and time.monotonic() - self._lost_at > self.recovery_timeout
+
+    def overdue(self) -> EngineRestartingError:
+        """What a request is told that has waited for as long as one may."""
+        return EngineRestartingError(
+            f"No replica of the model {self.model_uid} has served for {self.recovery_timeout:g} s; send the request "
+            "again later."
+        )
 
     def has_other(self, replica: Replica) -> bool:
         return any(each is not replica for each in self.living())

@@ -142,7 +142,7 @@ class Stream:
                     await self._go_on(error)
                     return
                 if time.monotonic() >= until:
-                    raise
+                    raise (error if self._served is None else self._served.overdue()) from None
                 logger.info("A stream waits for another link: %s", error)
                 await asyncio.wait({self._call}, timeout=1.0)
             else:
