@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import cloudpickle
+import httpx
 import psutil
 import pytest
 import xoscar as xo
@@ -86,11 +87,16 @@ def wait_until_back(cluster: Cluster, uid: str, pid: int) -> dict[str, Any]:
     return wait_until(back, BOUND, "the model to serve again") or {}
 
 
-def story(cluster: Cluster, uid: str, stream: bool) -> str:
-    """What the model tells, long enough to be cut."""
+def story(cluster: Cluster, uid: str, stream: bool, begun: threading.Event | None = None) -> str:
+    """What the model tells, long enough to be cut; ``begun`` is set at the first of it."""
     asked: dict[str, Any] = {"model": uid, "prompt": "The keeper", "max_tokens": 1900, "temperature": 0}
     told = cluster.openai().completions.create(**asked, stream=stream)
-    return "".join(chunk.choices[0].text for chunk in (told if stream else [told]))
+    text = ""
+    for chunk in told if stream else [told]:
+        text += chunk.choices[0].text
+        if begun is not None:
+            begun.set()
+    return text
 
 
 def hold(cluster: Cluster, uid: str, method: str, seconds: float) -> threading.Thread:
@@ -116,8 +122,9 @@ def test_a_stopped_model_process_is_killed_and_the_model_serves_again(cluster: C
     undisturbed = [story(cluster, uid, stream) for stream in (True, False)]
     pid = status(cluster, uid)["pid"]
     with ThreadPoolExecutor(2) as pool:
-        stories = [pool.submit(story, cluster, uid, stream) for stream in (True, False)]
-        wait_until(lambda: status(cluster, uid)["requests"] == len(stories), BOUND, "both requests to begin")
+        begins = threading.Event()
+        stories = [pool.submit(story, cluster, uid, True, begins), pool.submit(story, cluster, uid, False)]
+        assert begins.wait(BOUND)
         os.kill(pid, signal.SIGSTOP)
         found = wait_until_back(cluster, uid, pid)
         assert [told.result(BOUND) for told in stories] == undisturbed
@@ -166,7 +173,14 @@ def test_a_model_whose_process_dies_again_and_again_is_given_up_and_can_be_launc
     pid = status(cluster, uid)["pid"]
     os.kill(pid, signal.SIGKILL)
     pid = wait_until_back(cluster, uid, pid)["pid"]
-    os.kill(pid, signal.SIGKILL)
+    body = {"model": uid, "prompt": "The keeper", "max_tokens": 1900}
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(httpx.post, f"{cluster.endpoint}/v1/completions", json=body, timeout=BOUND, trust_env=False)
+        wait_until(lambda: status(cluster, uid)["requests"] == 1, BOUND, "the request to begin")
+        os.kill(pid, signal.SIGKILL)
+        told = waits.result(BOUND)
+    assert (told.status_code, told.headers["Retry-After"]) == (httpx.codes.SERVICE_UNAVAILABLE, "30"), told.text
+    assert f"The model {uid}-rep0 was given up: its model process ended and its budget" in told.text
     (said,) = wait_until(lambda: [e for e in events(cluster, uid) if "was given up: " in e], BOUND, "the end")
     assert said.startswith(f"The model {uid}-rep0 was given up: its model process ended and its budget of launches")
 
