@@ -37,7 +37,7 @@ from xinf_vllm_backend.process.cleanup import SHARED_MEMORY
 
 from . import costs
 from .costs import Gap, Strike, Trouble
-from .faults import FAULTS, PATIENCE, WORKER, Faults, Signal, are_ready, clock
+from .faults import FAULTS, MARK, PATIENCE, WORKER, Faults, Signal, are_ready, clock
 from .launches import BOTH
 
 if TYPE_CHECKING:
@@ -467,7 +467,7 @@ def _marks() -> frozenset[str]:
     """Those in names of files, without those of engines that have a process: their janitors bear the mark too."""
 
     def found(names: list[str]) -> set[str]:
-        return {mark for name in names for mark in re.findall(r"xvllm[0-9a-f]{8}", name)}
+        return {mark for name in names for mark in MARK.findall(name)}
 
     left = found(os.listdir(SHARED_MEMORY) + os.listdir(tempfile.gettempdir()))
     return frozenset(left - found([title(process) for process in psutil.process_iter()]) if left else left)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
+import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import click
@@ -16,6 +20,7 @@ import httpx
 import psutil
 
 from xinf_vllm_backend.demo.cluster import Cluster, title, wait_until
+from xinf_vllm_backend.process.cleanup import SHARED_MEMORY
 
 from . import push_links
 from .costs import Strike
@@ -25,6 +30,7 @@ PATIENCE = 120.0  # seconds for one request, and for all that is waited for
 LEAST, MEAN = 3.0, 12.0  # seconds between two faults
 FEW = 3  # answers between two faults
 AWAY = 20.0  # seconds until a worker that failed is started again
+MARK = re.compile(r"xvllm[0-9a-f]{8}")  # of an engine, in the names of all that it makes
 RETURN = 300.0  # seconds until it has to be there
 
 
@@ -120,7 +126,10 @@ class HostFailure:
         return list(range(len(cluster.workers)))
 
     def do(self, cluster: Cluster, victim: int) -> None:
+        marks = {mark for process in cluster.worker_processes(victim) for mark in MARK.findall(title(process))}
         cluster.kill_worker(victim)
+        for mark in marks:
+            _remove(mark)
         time.sleep(AWAY)
 
     def recover(self, cluster: Cluster, victim: int, before: int) -> None:
@@ -258,6 +267,16 @@ def statuses(cluster: Cluster) -> list[dict[str, Any]]:
 
 def clock() -> str:
     return time.strftime("%H:%M:%S")
+
+
+def _remove(mark: str) -> None:
+    """The files of an engine whose janitor died with it: those of a host that fails are gone."""
+    for directory in (SHARED_MEMORY, tempfile.gettempdir()):
+        for path in Path(directory).glob(f"*{mark}*"):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _in_words(victim: Any) -> str:
