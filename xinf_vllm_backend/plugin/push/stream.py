@@ -134,21 +134,24 @@ class Stream:
         """Go on by another link to the same process, or at another where that is gone or silent."""
         received = self._before + self._inlet.received
         until = time.monotonic() + (RELINK if self._served is None else self._served.recovery_timeout)
-        while not self._call.done():
-            try:
-                self._inlet = await self._links.again(self._ref, self._first, received)
-            except Exception as error:  # the model process may be stopped, or gone
-                if self._is_to_leave(error):
-                    await self._go_on(error)
-                    return
-                if time.monotonic() >= until:
-                    raise (error if self._served is None else self._served.overdue()) from None
-                logger.info("A stream waits for another link: %s", error)
-                await asyncio.wait({self._call}, timeout=1.0)
-            else:
-                self._before = received
-                self._inlet.on_change = self._wake
+        while not self._call.done() and (error := await self._reach(received)) is not None:
+            if self._is_to_leave(error):
+                await self._go_on(error)
                 return
+            if time.monotonic() >= until:
+                raise error if self._served is None else self._served.overdue()
+            logger.info("A stream waits for another link: %s", error)
+            await asyncio.wait({self._call}, timeout=1.0)
+
+    async def _reach(self, received: int) -> Exception | None:
+        """Go on by another link to the same process, behind the ``received`` items; why not, if that cannot be."""
+        try:
+            self._inlet = await self._links.again(self._ref, self._first, received)
+        except Exception as error:  # the model process may be stopped, or gone
+            return error
+        self._before = received
+        self._inlet.on_change = self._wake
+        return None
 
     def _is_to_leave(self, error: Exception) -> bool:
         """Whether the process is given up to which no link can be made: it is gone, or silent and another is not."""
