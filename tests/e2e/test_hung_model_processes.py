@@ -181,7 +181,7 @@ def test_a_model_whose_process_dies_again_and_again_is_given_up_and_can_be_launc
         told = waits.result(BOUND)
     assert (told.status_code, told.headers["Retry-After"]) == (httpx.codes.SERVICE_UNAVAILABLE, "30"), told.text
     assert f"The model {uid}-rep0 was given up: its model process ended and its budget" in told.text
-    (said,) = wait_until(lambda: [e for e in events(cluster, uid) if "was given up: " in e], BOUND, "the end")
+    said, *_ = wait_until(lambda: [e for e in events(cluster, uid) if "was given up: " in e], BOUND, "the end")
     assert said.startswith(f"The model {uid}-rep0 was given up: its model process ended and its budget of launches")
 
     def is_listed() -> bool:
