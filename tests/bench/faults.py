@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import click
-import httpx
 import psutil
 
 from xinf_vllm_backend.demo.cluster import Cluster, title, wait_until
@@ -114,10 +113,7 @@ class Cut:
 
 
 class HostFailure:
-    """A worker and all its processes die at once; it returns, and gets a replica again as an operator would do it.
-
-    Xinference launches nothing again on a worker that returns while the model has a replica elsewhere.
-    """
+    """A worker and all its processes die at once, and it is started again: Xinference has it launch its replica."""
 
     # Its processes import Xinference and vLLM, and engines that work take all of two cores.
     is_quiet = True
@@ -135,7 +131,7 @@ class HostFailure:
     def recover(self, cluster: Cluster, victim: int, before: int) -> None:
         cluster.start_worker(victim)
         cluster.wait_until_up(RETURN)
-        wait_until(lambda: _add_replica(cluster, cluster.workers[victim]), PATIENCE, "a replica on the worker")
+        wait_until(lambda: len(cluster.model_processes()) == len(cluster.workers), PATIENCE, "its replica")
 
     def give_up(self, victim: int) -> None:
         """It is back, or the run is over."""
@@ -281,13 +277,3 @@ def _remove(mark: str) -> None:
 
 def _in_words(victim: Any) -> str:
     return f"pid {victim.pid}" if isinstance(victim, psutil.Process) else f"number {victim}"
-
-
-def _add_replica(cluster: Cluster, worker: str) -> bool:
-    """Whether ``worker`` took one; it refuses until the supervisor knows that those it had are gone."""
-    placement = {"replica_uid": f"at {time.monotonic_ns()}", "devices": [{"worker_ip": worker}]}
-    body = {"replica": 1, "replica_config": placement}
-    with contextlib.suppress(httpx.HTTPError):
-        url = f"{cluster.endpoint}/v1/models/tiny/replicas"
-        return bool(httpx.post(url, json=body, timeout=PATIENCE, trust_env=False).is_success)
-    return False
