@@ -532,6 +532,37 @@ async def test_one_that_kills_each_process_is_refused_and_the_others_go_on(make:
     assert api.is_clear()
 
 
+async def test_a_replica_without_room_is_passed_over_and_only_when_none_has_room_it_is_refused(make: Make) -> None:
+    api = make(2)
+    await api.ask()
+    await asyncio.wait_for(api.served._find(), TIMEOUT)
+    first, second = api.cluster.processes.values()
+    for full in (first, second):
+        first.is_full, second.is_full = full is first, full is second
+        assert [await api.ask() for _ in range(3)] == [WHOLE] * 3
+    first.is_full = True
+    with pytest.raises(RuntimeError, match="Rate limit reached"):
+        await api.ask()
+    assert api.is_clear()
+
+
+async def test_a_replica_that_is_back_is_known_before_a_request_comes(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served, "LOOK_ON", 0.01)
+    api = make(2, comes_back=False)
+    await api.ask()
+    await asyncio.wait_for(api.served._find(), TIMEOUT)
+    api.cluster.started[0].kill()
+    await api.ask()
+    api.cluster.comes_back = True
+    for _ in range(500):
+        if len(api.served.living()) == 2:
+            break
+        await asyncio.sleep(0.01)
+    assert len(api.served.living()) == 2
+
+
 class TestChoice:
     """Which of two living replicas is asked."""
 

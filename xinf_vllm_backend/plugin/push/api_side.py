@@ -143,7 +143,8 @@ class Models:
 
     def forget(self, model_uid: str) -> None:
         """It is not there, and nobody knows whether it will be."""
-        self._served.pop(model_uid, None)
+        if (served := self._served.pop(model_uid, None)) is not None:
+            served.end(served.overdue())
 
     def changed(self) -> None:
         """Replicas may have come or gone."""

@@ -30,4 +30,9 @@ def is_silent(error: BaseException) -> bool:
 def is_passing(error: BaseException) -> bool:
     """Whether the process may serve the request all the same: by another link, or when it has room for it again."""
     is_loading = any(cls.__name__ == "ModelNotReadyError" for cls in type(error).__mro__)
-    return isinstance(error, LinkLostError) or is_loading or "Rate limit reached" in str(error)
+    return isinstance(error, LinkLostError) or is_loading or is_full(error)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether Xinference refused the request because of the ``request_limits`` of the replica."""
+    return "Rate limit reached" in str(error)

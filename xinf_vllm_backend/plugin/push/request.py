@@ -23,6 +23,7 @@ class Request:
         chunks: how many have been received.
         was_admitted: whether some model process has begun with it.
         refused: why it is not sent again; None as long as it is.
+        full: uids of replicas that had no room for it before any admitted it.
     """
 
     def __init__(self, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
@@ -33,6 +34,7 @@ class Request:
         self.chunks = 0
         self.was_admitted = False
         self.refused: Exception | None = None
+        self.full: set[str] = set()
         self._seed = secrets.token_hex(8)
         self._notes = bytearray()
 

@@ -20,7 +20,8 @@ logger = logging.getLogger("xinference.vllm_backend")
 
 ASK = 2.0  # seconds for the supervisor, and for a worker, to say which replicas there are
 LOOK = 5.0  # seconds after which they are asked again, while all replicas live
-LOOK_AGAIN = 0.25  # seconds, while one does not
+LOOK_AGAIN = 0.25  # seconds, while one does not and a request comes
+LOOK_ON = 1.0  # seconds, while one does not and no request comes
 AT_ONCE = 16  # requests that are sent again at the same time, until each is admitted
 HEAD = 2048  # characters of a prompt by which requests with the same head are told
 SHORT = 256  # characters up to which the head of a prompt is of no account
@@ -106,6 +107,7 @@ class Served:
         self._looked = float("-inf")
         self._looking: asyncio.Task[None] | None = None
         self._lost_at: float | None = None  # since when no replica lives
+        self._missed_at: float | None = None  # since when one does not
 
     # -- which replica
 
@@ -144,11 +146,17 @@ class Served:
             "again later."
         )
 
+    def has_room(self, request: Request) -> bool:
+        """Whether some replica lives that has not said to ``request`` that it has none."""
+        return any(each.uid not in request.full for each in self.living())
+
     def has_other(self, replica: Replica) -> bool:
         return any(each is not replica for each in self.living())
 
     def _best(self, living: list[Replica], request: Request | None) -> Replica:
         """The least loaded, or one that has seen the head of the prompt and is hardly more loaded."""
+        if request is not None:
+            living = [replica for replica in living if replica.uid not in request.full] or living
         if len(living) == 1 or request is None:
             return living[0]
         loads = {replica.uid: replica.load() for replica in living}
@@ -180,6 +188,7 @@ class Served:
         for entry in quarantine.culprits(stuck, self._max_deaths):
             self._quarantine(next(request for request in working if request.entry is entry))
         self._looked = float("-inf")
+        self._begin_look()
 
     def _quarantine(self, request: Request) -> None:
         message = (
@@ -220,17 +229,34 @@ class Served:
     async def _look(self) -> None:
         """Ask which replicas there are and live, if that is due; returns at once while one is known to live."""
         due = LOOK if self._replicas and len(self.living()) == len(self._replicas) else LOOK_AGAIN
-        if self._looking is None and time.monotonic() - self._looked >= due:
-            self._looking = asyncio.ensure_future(self._find())
-            self._looking.add_done_callback(self._found)
+        if time.monotonic() - self._looked >= due:
+            self._begin_look()
         if self._looking is not None and not self.living():
             await asyncio.wait({self._looking})
 
     def _found(self, looking: asyncio.Future[None]) -> None:
         self._looking = None
         self._looked = time.monotonic()
+        if self.ended is None and len(self.living()) < len(self._replicas):  # so that no request finds it missing
+            asyncio.get_running_loop().call_later(self._pause(), self._look_on)
         if not looking.cancelled() and (error := looking.exception()) is not None:
             logger.warning("The replicas of %s cannot be found: %r", self.model_uid, error)
+
+    def _pause(self) -> float:
+        """Seconds until the next look while a replica is missing; more of them when it is missing for long."""
+        self._missed_at = self._missed_at or time.monotonic()
+        return LOOK_ON if time.monotonic() - self._missed_at < self.recovery_timeout else LOOK
+
+    def _look_on(self) -> None:
+        if self.ended is None and len(self.living()) < len(self._replicas):
+            self._begin_look()
+        else:
+            self._missed_at = None
+
+    def _begin_look(self) -> None:
+        if self._looking is None:
+            self._looking = asyncio.ensure_future(self._find())
+            self._looking.add_done_callback(self._found)
 
     async def _find(self) -> None:
         try:

@@ -11,7 +11,7 @@ from ...errors import CannotResumeError, EngineStoppedError
 from ...process.link import Inlet, LinkLostError
 from . import PUSH, RELINK
 from .links import ASK, Links
-from .lost import is_passing, is_process_lost, is_silent
+from .lost import is_full, is_passing, is_process_lost, is_silent
 from .request import Request
 from .served import Replica, Served
 
@@ -166,7 +166,11 @@ class Stream:
         served, request = self._served, self._request
         if served is None:
             raise error
-        passing = is_passing(error) and (request.was_admitted or isinstance(error, LinkLostError))
+        if is_full(error) and not request.was_admitted:
+            request.full.add(self._replica.uid)
+            if not served.has_room(request):
+                raise error
+        passing = is_passing(error) and (request.was_admitted or isinstance(error, LinkLostError) or is_full(error))
         if not (passing or self._is_lost(error)) or (passing and self._is_overdue(served)):
             raise error
         if not passing:
@@ -175,7 +179,7 @@ class Stream:
         self._drop()
         async with served.paced:
             while True:
-                if passing:
+                if passing and (request.was_admitted or not is_full(error)):
                     await asyncio.sleep(BUSY)
                 self._check()
                 try:
