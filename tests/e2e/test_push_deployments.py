@@ -299,7 +299,7 @@ def test_a_stream_goes_on_when_its_process_dies_while_the_supervisor_is_relaunch
     assert [stream.text for stream in ended(streams)] == [undisturbed] * LIMIT
 
     def is_over() -> bool:
-        return bool((apart.get("/v1/supervisor-relaunches") or [{}])[0].get("status") in ("completed", "failed"))
+        return bool((apart.get("/v1/supervisor-relaunches") or [{}])[0].get("status") in ("succeeded", "failed"))
 
     wait_until(is_over, BOUND, "the relaunch of the supervisor to end")
     becomes(apart, ONE, [(1, 0)])
