@@ -108,6 +108,7 @@ class Served:
         self._looking: asyncio.Task[None] | None = None
         self._lost_at: float | None = None  # since when no replica lives
         self._missed_at: float | None = None  # since when one does not
+        self._timer: asyncio.TimerHandle | None = None  # of the next look meanwhile
 
     # -- which replica
 
@@ -237,8 +238,8 @@ class Served:
     def _found(self, looking: asyncio.Future[None]) -> None:
         self._looking = None
         self._looked = time.monotonic()
-        if self.ended is None and len(self.living()) < len(self._replicas):  # so that no request finds it missing
-            asyncio.get_running_loop().call_later(self._pause(), self._look_on)
+        if self._is_missing() and self._timer is None:  # so that no request finds a replica missing that is back
+            self._timer = asyncio.get_running_loop().call_later(self._pause(), self._look_on)
         if not looking.cancelled() and (error := looking.exception()) is not None:
             logger.warning("The replicas of %s cannot be found: %r", self.model_uid, error)
 
@@ -248,10 +249,15 @@ class Served:
         return LOOK_ON if time.monotonic() - self._missed_at < self.recovery_timeout else LOOK
 
     def _look_on(self) -> None:
-        if self.ended is None and len(self.living()) < len(self._replicas):
+        self._timer = None
+        if self._is_missing():
             self._begin_look()
         else:
             self._missed_at = None
+
+    def _is_missing(self) -> bool:
+        """Whether a replica does not live that may again."""
+        return self.ended is None and len(self.living()) < len(self._replicas)
 
     def _begin_look(self) -> None:
         if self._looking is None:
@@ -315,5 +321,5 @@ class Served:
             replica.ref, replica.peer = ref, await self._links.make(ref)
         except Exception as error:  # its worker has not noticed its end, or it is stopped
             logger.debug("The replica %s offers no link: %r", replica.uid, error)
-            if isinstance(error, RuntimeError):  # it said so
+            if isinstance(error, RuntimeError) and getattr(error, "address", None):  # it said so
                 replica.ref, replica.peer = ref, None

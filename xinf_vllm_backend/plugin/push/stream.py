@@ -49,9 +49,8 @@ class Stream:
         return None if self._call.done() else self._ref
 
     def _send(self, replica: Replica) -> None:
-        assert replica.peer is not None
-        current = replica.peer.current()
-        if current is None:
+        current = None if replica.peer is None else replica.peer.current()
+        if replica.peer is None or current is None:
             raise LinkLostError(f"There is no link to {replica.uid} any more.")
         self._replica, self._ref = replica, replica.ref
         self._inlet: Inlet = current.open()
@@ -184,8 +183,10 @@ class Stream:
                 self._check()
                 try:
                     self._send(await served.replica_for(request))
-                except LinkLostError:  # just now
+                except LinkLostError:  # just now, or there is none
                     passing = True
+                    if self._is_overdue(served):
+                        raise served.overdue() from None
                 else:
                     break
             if not self._call.done() and not self._inlet.received:
