@@ -203,11 +203,11 @@ class Supervisor:
 
     async def _waited(self, served: Served) -> Replica:
         """A replica that lives."""
-        from fastapi import HTTPException
-
         try:
             return await served.replica_for()
         except RequestError as error:
+            from fastapi import HTTPException
+
             raise HTTPException(UNAVAILABLE, str(error), {"Retry-After": str(RETRY_AFTER)}) from None
 
     async def _is_alone(self, model_uid: str) -> bool:
