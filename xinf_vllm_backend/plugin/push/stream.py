@@ -17,6 +17,7 @@ from .served import Replica, Served
 
 logger = logging.getLogger("xinference.vllm_backend")
 
+SOON = 2.0  # seconds for a silent process to answer, where another replica lives
 BUSY = 0.5  # seconds after which a request that goes on is sent again to a replica that admits no more
 
 
@@ -145,7 +146,8 @@ class Stream:
     async def _reach(self, received: int) -> Exception | None:
         """Go on by another link to the same process, behind the ``received`` items; why not, if that cannot be."""
         try:
-            self._inlet = await self._links.again(self._ref, self._first, received)
+            bound = SOON if self._served is not None and self._served.has_other(self._replica) else None
+            self._inlet = await asyncio.wait_for(self._links.again(self._ref, self._first, received), bound)
         except Exception as error:  # the model process may be stopped, or gone
             return error
         self._before = received
