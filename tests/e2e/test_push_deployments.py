@@ -283,6 +283,17 @@ def test_each_replica_has_a_link_and_the_streams_of_one_that_is_killed_go_on_at_
     becomes(apart, two, [(1, 0), (1, 0)])
 
 
+def test_the_streams_of_a_replica_that_is_silent_go_on_at_the_other(apart: Cluster, two: str, undisturbed: str) -> None:
+    streams = begun(apart, two, 2 * LIMIT)
+    victim = psutil.Process(replicas(apart, two)[0]["pid"])
+    victim.suspend()
+    try:
+        assert [stream.text for stream in ended(streams)] == [undisturbed] * len(streams)
+        assert victim.status() == psutil.STATUS_STOPPED, "it has not been killed yet"
+    finally:
+        victim.resume()
+
+
 def test_an_api_process_that_was_killed_keeps_no_place_for_its_requests(apart: Cluster) -> None:
     """That of the test of two, whose streams waited for another link meanwhile."""
     becomes(apart, ONE, [(1, 0)])
