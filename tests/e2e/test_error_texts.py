@@ -47,7 +47,9 @@ def leaky(cluster: Cluster, tmp_path: Path) -> Iterator[Cluster]:
     """A cluster whose only model is "leaky", whose engine can be made to die of an error with a secret in its text."""
     (tmp_path / "leaky.py").write_text(LEAKY)
     launch: dict[str, Any] = {"model_name": "tiny", "model_uid": "leaky", "model_type": "LLM", "model_engine": "vLLM"}
-    launch |= {"envs": {"PYTHONPATH": str(tmp_path)}, "logits_processors": ["leaky:Leaky"]}
+    # Without failover its requests fail with the process that ends because of that.
+    launch |= {"envs": {"PYTHONPATH": str(tmp_path), "XINF_VLLM_FAILOVER": "off"}}
+    launch |= {"logits_processors": ["leaky:Leaky"]}
     launch |= {"max_restarts": 0, "hang_timeout": BOUND, "enforce_eager": True}
     answer = httpx.post(f"{cluster.endpoint}/v1/models", json=launch, timeout=BOUND, trust_env=False)
     assert answer.status_code == httpx.codes.OK, answer.text
