@@ -546,6 +546,21 @@ async def test_a_replica_without_room_is_passed_over_and_only_when_none_has_room
     assert api.is_clear()
 
 
+async def test_a_replica_that_is_back_is_looked_for_before_a_request_is_refused(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served, "LOOK_ON", 60.0)
+    monkeypatch.setattr(served, "LOOK_AGAIN", 60.0)
+    api = make(2, comes_back=False)
+    await api.ask()
+    await asyncio.wait_for(api.served._find(), TIMEOUT)
+    other, victim = api.cluster.started
+    victim.kill()
+    await asyncio.wait_for(api.served._begin_look(), TIMEOUT)
+    api.cluster.comes_back = other.is_full = True
+    assert await api.ask() == WHOLE
+
+
 async def test_a_replica_that_is_back_is_known_before_a_request_comes(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -147,8 +147,10 @@ class Served:
             "again later."
         )
 
-    def has_room(self, request: Request) -> bool:
-        """Whether some replica lives that has not said to ``request`` that it has none."""
+    async def has_room(self, request: Request) -> bool:
+        """Whether some replica lives that has not said to ``request`` that it has none; looks for one that is back."""
+        if self._is_missing() and all(each.uid in request.full for each in self.living()):
+            await asyncio.wait({self._begin_look()})
         return any(each.uid not in request.full for each in self.living())
 
     def has_other(self, replica: Replica) -> bool:
@@ -259,10 +261,11 @@ class Served:
         """Whether a replica does not live that may again."""
         return self.ended is None and len(self.living()) < len(self._replicas)
 
-    def _begin_look(self) -> None:
+    def _begin_look(self) -> asyncio.Task[None]:
         if self._looking is None:
             self._looking = asyncio.ensure_future(self._find())
             self._looking.add_done_callback(self._found)
+        return self._looking
 
     async def _find(self) -> None:
         try:

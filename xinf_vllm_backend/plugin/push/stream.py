@@ -169,7 +169,7 @@ class Stream:
             raise error
         if is_full(error) and not request.was_admitted:
             request.full.add(self._replica.uid)
-            if not served.has_room(request):
+            if not await served.has_room(request):
                 raise error
         passing = is_passing(error) and (request.was_admitted or isinstance(error, LinkLostError) or is_full(error))
         if not (passing or self._is_lost(error)) or (passing and self._is_overdue(served)):
