@@ -43,10 +43,10 @@ REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
 VOLATILE = {"id", "item_id", "created", "created_at", "completed_at", "model", "sequence_number", "cached_tokens"}
 
 
-def able(directory: Any) -> dict[str, Any]:
+def able(directory: Any, name: str) -> dict[str, Any]:
     """The registration of a model that calls tools and thinks."""
     abilities = ("chat", "generate", "tools", "reasoning", "hybrid")
-    model = model_registration("able", directory, abilities, model_family="qwen2.5-instruct")
+    model = model_registration(name, directory, abilities, model_family="qwen2.5-instruct")
     model |= {"tool_parser": "qwen", "reasoning_start_tag": "<think>", "reasoning_end_tag": "</think>"}
     return {**model, "chat_template": model["chat_template"] + "{% if enable_thinking %}<think>\n{% endif %}"}
 

@@ -86,7 +86,7 @@ def hold(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def lasting(cluster: Cluster, tiny_model: Path, hold: Path) -> Iterator[Cluster]:
     """The only model is "lasting", which calls tools and thinks."""
-    cluster.register(able(tiny_model))
+    cluster.register(able(tiny_model, UID))
     launch(cluster, hold)
     yield cluster
     cluster.cli("terminate", "--model-uid", UID)
@@ -94,7 +94,7 @@ def lasting(cluster: Cluster, tiny_model: Path, hold: Path) -> Iterator[Cluster]
 
 
 def launch(cluster: Cluster, hold: Path, **given: Any) -> None:
-    body: dict[str, Any] = {"model_name": "able", "model_uid": UID, "model_type": "LLM", "model_engine": "vLLM"}
+    body: dict[str, Any] = {"model_name": UID, "model_uid": UID, "model_type": "LLM", "model_engine": "vLLM"}
     # In float32 another batch, or another prefill, gives the same text. An engine that is held does not hang.
     body |= {"reasoning_content": True, "enforce_eager": True, "dtype": "float32", "hang_timeout": BOUND}
     body |= {"envs": {"PYTHONPATH": str(hold.parent)}, "logits_processors": ["held:Held"]} | given

@@ -275,8 +275,8 @@ def test_each_replica_has_a_link_and_the_streams_of_one_that_is_killed_go_on_at_
     assert [stream.text for stream in ended(streams)] == [undisturbed] * len(streams)  # as there is room
 
     def is_back() -> bool:
-        pids = {replica["pid"] for replica in replicas(apart, two) if replica.get("state") == "ready"}
-        return other["pid"] in pids and len(pids - {victim["pid"]}) == 2
+        pids = {replica.get("pid") for replica in replicas(apart, two) if replica.get("state") == "ready"}
+        return other["pid"] in pids and len(pids - {victim["pid"], None}) == 2
 
     wait_until(is_back, BOUND, "the replica to be back")
     admits_all(apart, two, 2 * LIMIT)

@@ -23,7 +23,7 @@ CLIENTS = 128
 @pytest.fixture(scope="module")
 def both(cluster: Cluster, tiny_model: Path) -> Iterator[Cluster]:
     """The only models are "pushed" and "pulled", alike, which call tools and think."""
-    cluster.register(able(tiny_model))
+    cluster.register(able(tiny_model, "able"))
     launch = {"model_name": "able", "model_type": "LLM", "model_engine": "vLLM", "reasoning_content": True}
     launch |= {"enforce_eager": True, "request_limits": CLIENTS}
     for uid, push in ((PUSHED, "on"), (PULLED, "off")):

@@ -38,6 +38,19 @@ def zygote(tiny_model: Path) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def environment_kept() -> Iterator[None]:
     """Imports write into the environment of this process, and later tests start clusters from it."""
+    with _environment_kept():
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment_of_the_module_kept() -> Iterator[None]:
+    """So do those of fixtures that last longer than a test."""
+    with _environment_kept():
+        yield
+
+
+@contextlib.contextmanager
+def _environment_kept() -> Iterator[None]:
     before = dict(os.environ)
     yield
     os.environ.clear()

@@ -339,7 +339,7 @@ async def test_a_death_behind_the_last_chunk_costs_nothing(make: Make) -> None:
             await super().decrease_serve_count()
 
     api = make()
-    api.cluster.processes["m-rep0"] = api.cluster.started[0] = Last("m-rep0", "127.0.0.1:1", lambda *_: None)
+    api.cluster.processes["m-rep0"] = api.cluster.started[0] = Last("m-rep0", "127.0.0.1:999", lambda *_: None)
     assert await api.ask() == WHOLE
     assert api.cluster.started[1].made == []
     assert api.is_clear()

@@ -12,6 +12,7 @@ from typing import Any
 from ...engine import quarantine
 from ...engine.seams.seam import Seam
 from ...errors import EngineRestartingError, EngineStoppedError, RequestError, RequestQuarantinedError
+from ...process.link import LinkLostError
 from .. import cluster_link
 from .links import Links, Peer
 from .request import Request
@@ -22,6 +23,7 @@ ASK = 2.0  # seconds for the supervisor, and for a worker, to say which replicas
 LOOK = 5.0  # seconds after which they are asked again, while all replicas live
 LOOK_AGAIN = 0.25  # seconds, while one does not and a request comes
 LOOK_ON = 1.0  # seconds, while one does not and no request comes
+GONE = 30.0  # seconds for which nothing is asked at the address of a process that died or said that it ends
 AT_ONCE = 16  # requests that are sent again at the same time, until each is admitted
 HEAD = 2048  # characters of a prompt by which requests with the same head are told
 SHORT = 256  # characters up to which the head of a prompt is of no account
@@ -56,10 +58,16 @@ class Replica:
         self.uid = uid
         self.worker = ""
         self.serves = False
+        self.gone = "", 0.0  # address of a process that has died, and until when it is not asked
         self.ref = ref
         self.peer = peer
         self.requests: dict[Request, None] = {}
         self.asking: asyncio.Task[None] | None = None
+
+    def is_gone(self, ref: Any) -> bool:
+        """Whether ``ref`` is that of a process which has died or is ending; the next one has another address."""
+        address, until = self.gone
+        return bool(ref.address == address and time.monotonic() < until)
 
     def lives(self) -> bool:
         return self.ref is not None and (self.peer is None or self.peer.current() is not None)
@@ -178,11 +186,17 @@ class Served:
 
     # -- requests that kill
 
-    def lost(self, replica: Replica, ref: Any) -> None:
-        """The process behind ``ref``, that of ``replica``, has died; a no-op when that is known."""
+    def lost(self, replica: Replica, ref: Any, silent: bool = False) -> None:
+        """The process behind ``ref``, that of ``replica``, has died or is ending; a no-op when that is known.
+
+        Args:
+            silent: it has only not answered, and may again.
+        """
         if replica.ref is not ref:
             return
         replica.ref = None
+        if not silent:
+            replica.gone = ref.address, time.monotonic() + GONE
         working, replica.requests = list(replica.requests), {}
         logger.warning("The model process of %s is lost, with %d requests, which go on", replica.uid, len(working))
         stuck = [request.entry for request in working if not request.entry.further.is_set()]
@@ -315,6 +329,8 @@ class Served:
         try:
             worker = await asyncio.wait_for(xo.actor_ref(address=replica.worker, uid=WORKER_UID), ASK)
             ref = await asyncio.wait_for(worker.get_model(model_uid=replica.uid), ASK)
+            if replica.is_gone(ref):
+                raise LinkLostError("its process is ending")
         except Exception as error:  # it is loading, or its worker is gone
             logger.debug("The replica %s is not there: %r", replica.uid, error)
             if not isinstance(error, asyncio.TimeoutError):  # a worker may be busy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from typing import Any
@@ -17,6 +18,7 @@ from .served import Replica, Served
 
 logger = logging.getLogger("xinference.vllm_backend")
 
+ENDING = 1.0  # seconds in which the link to a process that ends is lost
 SOON = 2.0  # seconds for a silent process to answer, where another replica lives
 BUSY = 0.5  # seconds after which a request that goes on is sent again to a replica that admits no more
 
@@ -110,12 +112,23 @@ class Stream:
         """Wait for something new, and go on elsewhere where none can come."""
         if self._call.done():
             if self._call.cancelled():
-                raise asyncio.CancelledError
+                await self._go_on_if_ended()
+                return
             await self._go_on(self._call.exception() or LinkLostError("The stream ended, and its end was lost."))
         elif self._inlet.lost:
             await self._relink()
         else:
             await self._change()
+
+    async def _go_on_if_ended(self) -> None:
+        """The process has cancelled the call: because it ends, or because the request was aborted by its id."""
+        until = time.monotonic() + ENDING
+        while not self._inlet.lost and (left := until - time.monotonic()) > 0:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._change(), left)
+        if not self._inlet.lost:
+            raise asyncio.CancelledError
+        await self._go_on(ConnectionResetError(f"The model process of {self._replica.uid} has ended."))
 
     async def _change(self) -> None:
         self._waiter = asyncio.get_running_loop().create_future()
@@ -175,7 +188,7 @@ class Stream:
         if not (passing or self._is_lost(error)) or (passing and self._is_overdue(served)):
             raise error
         if not passing:
-            served.lost(self._replica, self._ref)
+            served.lost(self._replica, self._ref, is_silent(error))
             request.was_admitted, self._since = True, None
         self._drop()
         async with served.paced:
