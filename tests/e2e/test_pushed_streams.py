@@ -64,7 +64,7 @@ def test_only_a_client_that_leaves_is_taken_for_one(both: Cluster) -> None:
     for uid in (PUSHED, PULLED):
         assert events(both, uid, path, body)
     assert both.log_text().count(left) == before
-    events(both, PUSHED, path, {**body, "max_tokens": 1000}, most=2)
+    events(both, PUSHED, path, {**body, "max_tokens": 1900, "logprobs": True, "top_logprobs": 20}, most=2)
     wait_until(lambda: both.log_text().count(left) > before, BOUND, "the client that left to be noticed")
 
 
