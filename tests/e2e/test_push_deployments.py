@@ -28,6 +28,7 @@ T = TypeVar("T")
 BOUND = 120.0  # seconds; reached only by what hangs
 WORKER, OTHER = "127.0.0.2", "127.0.0.3"
 ONE, TWO = "one", "two"  # models, by their replicas
+FILLER, SPREAD = "filler", "spread"
 LIMIT = 4  # requests at once of a replica
 LONG = 1900  # tokens
 SILENT = "the peer was silent for"
@@ -314,3 +315,14 @@ def test_a_stream_goes_on_when_its_process_dies_while_the_supervisor_is_relaunch
 
     wait_until(is_over, BOUND, "the relaunch of the supervisor to end")
     becomes(apart, ONE, [(1, 0)])
+
+
+def test_streams_of_a_worker_that_is_killed_go_on_at_the_other(apart: Cluster, undisturbed: str) -> None:
+    launch(apart, FILLER, 1, worker_ip=OTHER)  # as many models on each worker: the next has a replica on each
+    launch(apart, SPREAD, 2)
+    there = {process.pid for process in apart.worker_processes(1)}
+    assert len(there & {replica["pid"] for replica in replicas(apart, SPREAD)}) == 1
+    streams = begun(apart, SPREAD, 2 * LIMIT)
+    apart.kill_worker(1)
+    assert [stream.text for stream in ended(streams)] == [undisturbed] * len(streams)
+    assert [stream.text for stream in ended(begun(apart, SPREAD, LIMIT))] == [undisturbed] * LIMIT
