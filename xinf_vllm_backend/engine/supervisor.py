@@ -312,7 +312,7 @@ class EngineSupervisor:
             timeout: seconds for an orderly shutdown; what is left then is killed.
 
         Raises:
-            BackendError: a process survived SIGKILL for 5 s.
+            BackendError: a process survived SIGKILL for 20 s.
         """
         with self._lock:
             self.lifecycle.move(State.STOPPING, "it was asked to")

@@ -52,13 +52,15 @@ class Replica:
         requests: those that it works on.
         worker: address of its worker; "" as long as it is not known.
         serves: whether Xinference says that it does; its process may have died since.
+        gone: address of a process that has died or is ending, and until when it is not asked.
+        asking: the task that asks its worker for it; None if none has.
     """
 
     def __init__(self, uid: str, ref: Any = None, peer: Peer | None = None) -> None:
         self.uid = uid
         self.worker = ""
         self.serves = False
-        self.gone = "", 0.0  # address of a process that has died, and until when it is not asked
+        self.gone = "", 0.0
         self.ref = ref
         self.peer = peer
         self.requests: dict[Request, None] = {}
