@@ -13,6 +13,7 @@ import functools
 import logging
 import re
 from collections.abc import Callable
+from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,6 +33,9 @@ from .replay import Record
 from .seams import core_client, exceptions, resuming
 
 logger = logging.getLogger(__name__)
+
+# Seconds for which the requests of this context wait for an engine, where they could go on elsewhere after that.
+patience: ContextVar[float | None] = ContextVar("patience of the request that is being made", default=None)
 
 TRIAL_MARGIN = 10.0  # seconds beyond hang_timeout for which suspects are waited for before the next ones are sent
 TRIAL_SHARE = 0.5  # of recovery_timeout, after which suspects that were not tried yet are sent all together
@@ -145,7 +149,7 @@ class EngineClient:
             self._quarantine(entry)
 
     def fail_waiting(self, longer_than: float, error: Callable[[str], Exception]) -> None:
-        """End all requests that wait for an engine for at least ``longer_than`` seconds, with ``error(id)``."""
+        """End all that wait for an engine for ``longer_than`` seconds, or for their patience, with ``error(id)``."""
         for entry in self.journal.waiting(longer_than):
             self._end(entry, error(entry.shown_id))
 
@@ -226,6 +230,7 @@ class EngineClient:
         if refused is not None:
             raise type(refused)(str(refused))
         entry = self.journal.open(*core_client.identify(request), request)
+        entry.patience = patience.get() or entry.patience
         record = replay.current()
         if record is not None and record.given:
             self._replay(entry, record)

@@ -36,6 +36,7 @@ class Entry:
         replay: a :class:`.replay.Record` of what it was given in another process, while it is fed that; no engine works
             on it yet.
         inexact: why it may not go on as it would have in that process; None where it will.
+        patience: seconds that it waits for an engine, where that is less than the others do.
     """
 
     id: str
@@ -50,6 +51,7 @@ class Entry:
     streams_input: bool = False
     replay: Any = None
     inexact: str | None = None
+    patience: float = float("inf")
 
     def sent(self) -> None:
         """An engine works on it from now on."""
@@ -164,6 +166,7 @@ class Journal:
         return stuck
 
     def waiting(self, longer_than: float = 0.0) -> list[Entry]:
-        """Those that wait for an engine, for at least ``longer_than`` seconds."""
-        latest = self._clock() - longer_than
-        return [entry for entry in self._entries.values() if entry.since is not None and entry.since <= latest]
+        """Those that wait for an engine, for at least ``longer_than`` seconds, or longer than they have patience."""
+        now = self._clock()
+        waiting = [(entry, now - entry.since) for entry in self._entries.values() if entry.since is not None]
+        return [entry for entry, seconds in waiting if seconds >= min(longer_than, entry.patience)]

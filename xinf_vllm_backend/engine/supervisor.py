@@ -258,8 +258,8 @@ class EngineSupervisor:
 
     def _waited(self, request_id: str) -> Exception:
         return EngineRestartingError(
-            f"The request {request_id} waited for {self._settings.recovery_timeout:g} s for the vLLM engine of "
-            f"{self.name}, which is being restarted; send it again later."
+            f"The request {request_id} waited too long for the vLLM engine of {self.name}, which is being restarted; "
+            "send it again later."
         )
 
     def _give_up(self, why: str, death: Death | None = None) -> None:
