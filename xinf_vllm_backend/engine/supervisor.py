@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import threading
 import time
@@ -20,13 +21,17 @@ from ..errors import (
     EngineStoppedError,
 )
 from . import arguments, preload, replay
+from .admission import Admission, Lets
 from .client import EngineClient
 from .death import Death, Ending, RequestInFlight
+from .journal import Entry
 from .lifecycle import Lifecycle, State
+from .pause import Control, Order, Stage
 from .phase import Phase
 from .processes import EngineProcesses
 from .recovery import RestartBudget
-from .seams import core_client, resuming
+from .seams import core_client, platform, resuming
+from .sleep import Sleep
 from .spec import EngineSpec
 from .watch import Watch
 
@@ -47,6 +52,7 @@ class EngineSupervisor:
         lifecycle: its state and how it came there.
         restarts: number of times the engine came back in place.
         failure: why it is no longer restarted, for operators; "" as long as it is.
+        control: pauses it, and puts it to sleep.
     """
 
     def __init__(self, spec: EngineSpec) -> None:
@@ -62,6 +68,11 @@ class EngineSupervisor:
         self.lifecycle = Lifecycle(spec.name, spec.on_move)
         self.restarts = 0
         self.failure = ""
+        self.control = Control(self, spec.settings.recovery_timeout)
+        self._client.on_wanted = self._wanted
+        self._sleep: Sleep | None = None  # from the order until it is awake again
+        self._forced = ""  # why it is to be restarted though it lives
+        self._sending: asyncio.Task[None] | None = None  # what a pause had held
 
     def __getattr__(self, name: str) -> Any:
         engine = self.__dict__.get("_engine")
@@ -152,6 +163,11 @@ class EngineSupervisor:
                 ending = await self._until_end()
                 if ending is Ending.STOPPED or self.failure:
                     break
+                if ending is Ending.ASLEEP:
+                    await _end(resend)
+                    await self._rest(budget)
+                    resend = self._loop.create_task(self._resume())
+                    continue
                 in_flight = self._client.in_flight()
                 self._client.lose()
                 await _end(resend)  # there is nothing to send to
@@ -165,13 +181,20 @@ class EngineSupervisor:
             return self.failure
         finally:
             self._client.on_dead = None
-            if resend is not None:
-                resend.cancel()
+            for task in (resend, self._sending):
+                if task is not None:
+                    task.cancel()
+            if self._sleep is not None:
+                self._sleep.end(EngineStoppedError(f"The model {self.name} was stopped."))
 
     async def _until_end(self) -> Ending:
         self._watch = Watch(self._current, self._client, self._settings, self._look)
         ending = await self._watch.until_end()
-        return Ending.STOPPED if self.lifecycle.state in (State.STOPPING, State.STOPPED) else ending
+        if self.lifecycle.state in (State.STOPPING, State.STOPPED):
+            return Ending.STOPPED
+        if self._forced:
+            return Ending.HUNG
+        return Ending.ASLEEP if self._sleep is not None else ending
 
     def _look(self) -> bool:
         """Look at what is in this process: requests that wait, and AsyncLLM's own task; whether it can go on."""
@@ -179,13 +202,16 @@ class EngineSupervisor:
         error = core_client.output_task_error(self._engine)
         if error is not None and self.lifecycle.state not in (State.STOPPING, State.STOPPED):
             self._give_up(f"The task that reads the outputs of the vLLM engine of {self.name} ended: {error!r}")
-        return not self.failure
+        if self._is_idle():
+            self._order_sleep(None, f"no request has used it for {self._settings.idle_sleep_after:g} s", True)
+        return not (self.failure or self._forced or self._sleep is not None)
 
     async def _bury(self, ending: Ending, in_flight: tuple[RequestInFlight, ...]) -> Death:
         """End what is left of the engine, and find out how it died."""
         silent = 0.0 if self._watch is None else self._watch.limit
         death = await self._meanwhile(asyncio.to_thread(self._current.end, ending, silent))
-        death = replace(death, requests=in_flight)
+        death = replace(death, requests=in_flight, reason=self._forced or death.reason)
+        self._forced = ""
         if death.hung:
             logger.error("%s", death.explained())
         return death
@@ -209,6 +235,7 @@ class EngineSupervisor:
                 logger.error("%s", error)
                 failures.append(str(error))
             else:
+                self.restarts += 1
                 self._serve_again(processes, f"it was restarted in {time.monotonic() - begun:.1f} s")
                 return
 
@@ -220,7 +247,6 @@ class EngineSupervisor:
         return self._current
 
     def _serve_again(self, processes: EngineProcesses, how: str) -> None:
-        self.restarts += 1
         self._client.attach(processes.client)
         if self._client.changed_weights:
             self.lifecycle.move(State.STALE, f"{how}, without the weights of {self._client.changed_weights}()")
@@ -288,8 +314,8 @@ class EngineSupervisor:
         return self._processes
 
     def is_dead(self) -> bool:
-        """Whether the engine is dead just now; False while it was never ready."""
-        return self._processes is not None and self._processes.is_dead()
+        """Whether the engine is dead just now; False while it was never ready, or sleeps."""
+        return self._processes is not None and self._sleep is None and self._processes.is_dead()
 
     def death(self) -> str:
         """How the engine died, in a sentence with the root cause where one is known; blocks for up to a second."""
@@ -302,6 +328,191 @@ class EngineSupervisor:
     def requests(self) -> int:
         """How many requests are in flight, those that wait for a restart included."""
         return len(self._client.journal)
+
+    # -- sleep
+
+    def _is_idle(self) -> bool:
+        """Whether it is to sleep because nobody uses it."""
+        after = self._settings.idle_sleep_after
+        keeps_weights = self._has_sleep_mode() or not self._client.changed_weights
+        return bool(
+            after
+            and self._sleep is None
+            and self.lifecycle.state is State.READY
+            and self.control.stage is Stage.SERVING
+            and keeps_weights
+            and self._client.idle() >= after
+        )
+
+    def _has_sleep_mode(self) -> bool:
+        """Whether vLLM can put it to sleep, and not only end it."""
+        return bool(getattr(self._spec.arguments, "enable_sleep_mode", False)) and not platform.is_cpu_build()
+
+    def _order_sleep(self, level: int | None, reason: str, is_idle: bool) -> Sleep:
+        if level is None and self._has_sleep_mode():
+            level = 1
+        self._sleep = Sleep(level, reason, is_idle)
+        self._client.doze()
+        self._notice_here()
+        return self._sleep
+
+    def _wanted(self) -> bool:
+        """A request needs it; whether that wakes it."""
+        if self._sleep is None or not self._sleep.is_idle:
+            return False
+        self._sleep.woken.set()
+        return True
+
+    async def _rest(self, budget: RestartBudget) -> None:
+        """Sleep until it is woken, and serve again; a task of its own cannot lose it."""
+        sleep = self._sleep
+        assert sleep is not None
+        lives = await self._fall_asleep(sleep)
+        self.lifecycle.move(State.ASLEEP, sleep.reason)
+        sleep.has_begun()
+        while not sleep.woken.is_set() and self.lifecycle.state is State.ASLEEP:
+            await self._meanwhile(sleep.until_woken(self._settings.health_interval))
+            if lives and self._current.is_dead():  # it is not missed before it is woken
+                lives = await self._end_processes()
+        if self.lifecycle.move(State.WAKING, "it is wanted" if sleep.is_idle else "it was asked to"):
+            sleep.is_waking = True
+            await self._wake(sleep, lives, budget)
+        self._sleep = None
+        self._client.rouse()
+        sleep.end(None if not self.failure else EngineDiedError(self.failure))
+
+    async def _fall_asleep(self, sleep: Sleep) -> bool:
+        """Whether its processes live on."""
+        if sleep.level is not None and not self._current.is_dead():
+            try:
+                await self._meanwhile(self._within_call_timeout(self._engine.sleep(level=sleep.level, mode="keep")))
+                return True
+            except (BackendError, asyncio.TimeoutError) as error:
+                logger.error("The vLLM engine of %s cannot sleep, so it is ended: %r", self.name, error)
+        return await self._end_processes()
+
+    async def _within_call_timeout(self, call: Coroutine[Any, Any, T]) -> T:
+        return await asyncio.wait_for(call, self._settings.call_timeout)
+
+    async def _end_processes(self) -> bool:
+        """End them, and keep what is in flight; False: they live no more."""
+        self._client.suspend()
+        processes = self._current
+        try:
+            shut_down = functools.partial(processes.client.shutdown, timeout=self._settings.stop_timeout)
+            await self._meanwhile(asyncio.to_thread(processes.stop, shut_down, self._settings.stop_timeout))
+        except BackendError as error:
+            logger.error("%s", error)
+        await resuming.clear_multimodal_cache(self._engine)
+        return False
+
+    async def _wake(self, sleep: Sleep, lives: bool, budget: RestartBudget) -> None:
+        begun = time.monotonic()
+        if lives and await self._wake_up(sleep):
+            self.lifecycle.move(State.READY, f"it was woken in {time.monotonic() - begun:.1f} s")
+            return
+        try:
+            processes = await self._meanwhile(asyncio.to_thread(self._start_again))
+        except EngineStoppedError:
+            return
+        except BackendError as error:
+            await self._bring_back(Death(str(error)), budget)
+        else:
+            self._serve_again(processes, f"it was woken in {time.monotonic() - begun:.1f} s")
+
+    async def _wake_up(self, sleep: Sleep) -> bool:
+        """Wake an engine that vLLM put to sleep; False if it has to be started again."""
+        try:
+            await self._meanwhile(self._within_call_timeout(self._engine.wake_up()))
+            if sleep.level == 2:  # which keeps no weights
+                await self._meanwhile(self._within_call_timeout(self._engine.collective_rpc("reload_weights")))
+            return True
+        except (BackendError, asyncio.TimeoutError) as error:
+            logger.error("The vLLM engine of %s cannot be woken, so it is started again: %r", self.name, error)
+        await self._end_processes()
+        return False
+
+    # -- what Control tells it
+
+    @property
+    def admission(self) -> Admission:
+        return self._client.admission
+
+    def why_not(self, order: Order) -> str | None:
+        """Why ``order`` cannot be carried out, in words behind the engine's name; None if it can."""
+        state = self.lifecycle.state
+        if state not in (State.READY, State.RESTARTING, State.STALE, State.ASLEEP, State.WAKING):
+            return f"is {state.value}; try again when it is ready"
+        if order.action != "sleep":
+            return None
+        if order.level is not None and not self._has_sleep_mode():
+            return "was not launched with enable_sleep_mode on a GPU; leave level out, and its processes are ended"
+        if self._client.changed_weights and not self._has_sleep_mode():
+            return f"would lose the weights of {self._client.changed_weights}(); launch it with enable_sleep_mode"
+        return None
+
+    async def drained(self) -> None:
+        """Return when no request is in flight but those that the gate holds."""
+        await self._client.journal.until_closed(self._begun())
+
+    def _begun(self) -> list[Entry]:
+        return [entry for entry in self._client.journal if not entry.held]
+
+    async def freeze(self, mode: str, clear_cache: bool) -> None:
+        """End what is in flight ("abort") or keep it ("keep"), and return when the engine does not step any more.
+
+        Raises:
+            EngineRestartingError: no engine served within ``recovery_timeout``.
+        """
+        if mode == "abort":
+            await core_client.abort(self._engine, [entry.id for entry in self._begun()])
+        while self._sleep is None:
+            try:
+                await self._engine.pause_generation(mode=mode, clear_cache=clear_cache)
+                return
+            except EngineDiedError:  # the next one is asked
+                continue
+
+    async def thaw(self) -> None:
+        """Have the engine step again; one that was started since is not paused."""
+        if not self._client.is_lost:
+            with contextlib.suppress(EngineDiedError):
+                await self._engine.resume_generation()
+
+    async def fall_asleep(self, level: int | None) -> None:
+        """Sleep until :meth:`wake`, even if it is wanted."""
+        while self._sleep is not None and self._sleep.is_waking:
+            await self._sleep.awake()
+        sleep = self._sleep or self._order_sleep(level, "it was asked to", False)
+        sleep.is_idle = False
+        sleep.woken.clear()
+        await sleep.asleep()
+
+    async def wake(self) -> None:
+        """Return when it is awake.
+
+        Raises:
+            EngineDiedError: it could not be woken.
+        """
+        if self._sleep is not None:
+            self._sleep.woken.set()
+            await self._sleep.awake()
+
+    def go_on(self) -> None:
+        """Open the gate, and send what it held."""
+        self.admission.lets = Lets.ALL
+        self._client.journal.release()
+        self._sending = asyncio.ensure_future(self._client.go_on())
+
+    def restart(self, reason: str) -> None:
+        """End its processes and start others; requests go on."""
+        if self.lifecycle.state is State.READY:
+            self._forced = f"The vLLM engine of {self.name} is ended: {reason}"
+            self._notice_here()
+
+    def in_flight(self) -> tuple[int, int]:
+        """Number of requests in flight, and of those among them that wait."""
+        return len(self._client.journal), len(self._client.journal.waiting())
 
     # -- stop
 
