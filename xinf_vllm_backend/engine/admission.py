@@ -51,6 +51,17 @@ class Admission:
         """Whether ``entry`` is sent once the engine is awake."""
         return self.is_open or (self.lets is Lets.BEGUN and not entry.held)
 
-    def refusal(self, waited: bool = False) -> EnginePausedError:
-        how = f" the request waited for {self.hold:g} s;" if waited else ""
-        return EnginePausedError(f"The model {self._name} is paused:{how} send the request again later.")
+    def check(self) -> None:
+        """Refuse a request that is not to wait, before AsyncLLM knows of it.
+
+        Raises:
+            EnginePausedError: it is closed, and nothing is held.
+        """
+        if not (self.is_open or self.hold):
+            raise EnginePausedError(f"The model {self._name} is paused; send the request again later.")
+
+    def overdue(self) -> EnginePausedError:
+        """What a request is told that was held for as long as one may be."""
+        return EnginePausedError(
+            f"The model {self._name} is paused, and the request has waited for {self.hold:g} s; send it again later."
+        )

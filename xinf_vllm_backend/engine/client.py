@@ -202,7 +202,7 @@ class EngineClient:
                 self._end(entry, error(entry.shown_id))
         else:
             for entry in self.journal.waiting(lambda entry: self.admission.hold if entry.held else float("inf")):
-                self._end(entry, self.admission.refusal(waited=True))
+                self._end(entry, self.admission.overdue())
 
     def go_stale(self, error: EngineStaleError) -> None:
         """End every request with ``error``, now and until the weights that were changed are there again."""
@@ -281,8 +281,6 @@ class EngineClient:
         if refused is not None:
             raise type(refused)(str(refused))
         closed = not self.admission.is_open
-        if closed and not self.admission.hold:
-            raise self.admission.refusal()
         entry = self.journal.open(*core_client.identify(request), request)
         entry.patience, entry.held = patience.get() or entry.patience, closed
         if self.admission.asleep and not closed:
