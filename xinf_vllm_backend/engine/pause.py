@@ -268,7 +268,7 @@ class Control:
     async def roll_back(self, epoch: int, reason: str) -> None:
         """Be as before the order ``epoch``; no-op if it is not under way."""
         if epoch == self.epoch and self.stage in _UNDER_WAY:
-            self._begin_return(self._undo(reason))
+            self._begin_return(reason, self._undo(reason))
         await self._until_returned()
 
     async def resume(self) -> None:
@@ -278,9 +278,9 @@ class Control:
             ControlError: the engine could not be woken.
         """
         if self.stage in _UNDER_WAY:
-            self._begin_return(self._undo("it was resumed", to_serve=True))
+            self._begin_return("it was resumed", self._undo("it was resumed", to_serve=True))
         elif self.stage in _IN_FORCE.values():
-            self._begin_return(self._resume())
+            self._begin_return("it was asked to", self._resume(self.stage))
         await self._until_returned()
         await self._engine.wake()  # it may be idle
 
@@ -298,10 +298,12 @@ class Control:
         order = self._order
         if epoch == self.epoch and self.stage in _UNDER_WAY and order is not None:
             logger.error("The %s of %s was not confirmed within %g s", order.action, self._engine.name, order.timeout)
-            self._begin_return(self._undo(f"the {order.action} {epoch} was not confirmed within {order.timeout:g} s"))
+            reason = f"the {order.action} {epoch} was not confirmed within {order.timeout:g} s"
+            self._begin_return(reason, self._undo(reason))
 
-    def _begin_return(self, work: Coroutine[Any, Any, None]) -> None:
+    def _begin_return(self, reason: str, work: Coroutine[Any, Any, None]) -> None:
         self._end_timer()
+        self._move(Stage.RESUMING, reason)
         self._return = asyncio.ensure_future(work)
 
     async def _until_returned(self) -> None:
@@ -312,7 +314,6 @@ class Control:
         """Undo what is under way."""
         had_begun = self._work is not None
         before = None if to_serve else self._before
-        self._move(Stage.RESUMING, reason)
         if self._work is not None:
             self._work.cancel()
             await asyncio.wait({self._work}, timeout=UNDO_TIMEOUT)
@@ -326,9 +327,7 @@ class Control:
             await self._in_undo_time(self._engine.wake())
         self._move(_IN_FORCE[before.action], reason)
 
-    async def _resume(self) -> None:
-        stage = self.stage
-        self._move(Stage.RESUMING, "it was asked to")
+    async def _resume(self, stage: Stage) -> None:
         try:
             await self._engine.wake()
         except BackendError as error:

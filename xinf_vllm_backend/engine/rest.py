@@ -118,7 +118,7 @@ class Rest:
         after = self._engine.settings.idle_sleep_after
         if not (after and serves) or self._sleep is not None or self._engine.lifecycle.state is not State.READY:
             return
-        if self._client.idle() >= after and self._keeps_weights():
+        if self._client.is_attachable and self._client.idle() >= after and self._keeps_weights():
             self._order(None, f"no request has used it for {after:g} s", is_idle=True)
 
     def close(self) -> None:
@@ -233,6 +233,8 @@ class Rest:
         state = self._engine.lifecycle.state
         if state not in (State.READY, State.RESTARTING, State.STALE, State.ASLEEP, State.WAKING):
             return f"is {state.value}; try again when it is ready"
+        if not self._client.is_attachable:
+            return f"cannot be paused: vLLM has no {core_client.CLIENT.name}"
         if order.action == "sleep" and state is State.STALE:
             return "serves no requests until it is given its weights again"
         if order.action == "sleep" and order.level is not None and not self._has_sleep_mode():
