@@ -13,21 +13,51 @@ import functools
 import logging
 import time
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar
 
 from ..errors import BackendError, EngineDiedError, EngineStoppedError
+from ..settings import Settings
 from .admission import Admission, Lets
+from .client import EngineClient
 from .death import Death
 from .journal import Entry
-from .lifecycle import State
+from .lifecycle import Lifecycle, State
 from .pause import Order
+from .processes import EngineProcesses
 from .recovery import RestartBudget
 from .seams import core_client, platform, resuming
-
-if TYPE_CHECKING:
-    from .supervisor import EngineSupervisor
+from .spec import EngineSpec
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Engine(Protocol):
+    """The engine that rests; see :class:`.supervisor.EngineSupervisor`."""
+
+    name: str
+    spec: EngineSpec
+    settings: Settings
+    client: EngineClient
+    lifecycle: Lifecycle
+    failure: str
+
+    @property
+    def llm(self) -> Any: ...
+
+    @property
+    def current(self) -> EngineProcesses: ...
+
+    def notice(self) -> None: ...
+
+    async def meanwhile(self, work: Coroutine[Any, Any, T]) -> T: ...
+
+    async def bring_back(self, death: Death, budget: RestartBudget) -> None: ...
+
+    def start_again(self) -> EngineProcesses: ...
+
+    def serve_again(self, processes: EngineProcesses, how: str) -> None: ...
 
 
 class Sleep:
@@ -95,7 +125,7 @@ class Rest:
         restart_wanted: why the engine is to be ended and started again though it lives; "" if it is not.
     """
 
-    def __init__(self, engine: EngineSupervisor) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.name = engine.name
         self.restart_wanted = ""
         self._engine = engine
@@ -176,7 +206,7 @@ class Rest:
         """Whether its processes live on."""
         if sleep.level is not None and not self._engine.current.is_dead():
             try:
-                await self._call(self._engine.sleep(level=sleep.level, mode="keep"))
+                await self._call(self._engine.llm.sleep(level=sleep.level, mode="keep"))
                 return True
             except (BackendError, asyncio.TimeoutError) as error:
                 logger.error("The vLLM engine of %s cannot sleep, so it is ended: %r", self.name, error)
@@ -191,7 +221,7 @@ class Rest:
             await self._engine.meanwhile(asyncio.to_thread(processes.stop, shut_down, timeout))
         except BackendError as error:  # another is not started before they are gone
             logger.error("%s", error)
-        await resuming.clear_multimodal_cache(self._engine)
+        await resuming.clear_multimodal_cache(self._engine.llm)
         return False
 
     async def _end(self, sleep: Sleep, lives: bool, budget: RestartBudget) -> None:
@@ -211,9 +241,9 @@ class Rest:
     async def _wake_up(self, sleep: Sleep) -> bool:
         """Wake one that vLLM put to sleep; False if it has to be started again."""
         try:
-            await self._call(self._engine.wake_up())
+            await self._call(self._engine.llm.wake_up())
             if sleep.level == 2:  # which keeps no weights
-                await self._call(self._engine.collective_rpc("reload_weights"))
+                await self._call(self._engine.llm.collective_rpc("reload_weights"))
             return True
         except (BackendError, asyncio.TimeoutError) as error:
             logger.error("The vLLM engine of %s cannot be woken, so it is started again: %r", self.name, error)
@@ -262,10 +292,10 @@ class Rest:
             EngineRestartingError: no engine served within ``recovery_timeout``.
         """
         if mode == "abort":
-            await core_client.abort(self._engine, [entry.id for entry in self._begun()])
+            await core_client.abort(self._engine.llm, [entry.id for entry in self._begun()])
         while self._sleep is None:
             try:
-                await self._engine.pause_generation(mode=mode, clear_cache=clear_cache)
+                await self._engine.llm.pause_generation(mode=mode, clear_cache=clear_cache)
                 return
             except EngineDiedError:  # the next one is asked
                 continue
@@ -274,7 +304,7 @@ class Rest:
         """Have the engine step again; one that was started since is not paused."""
         if not self._client.is_lost:
             with contextlib.suppress(EngineDiedError):
-                await self._engine.resume_generation()
+                await self._engine.llm.resume_generation()
 
     async def fall_asleep(self, level: int | None) -> None:
         """Sleep until :meth:`wake`, even if it is wanted; return when it does."""

@@ -71,6 +71,11 @@ class EngineSupervisor:
         self._rest = Rest(self)
         self.control = Control(self._rest, spec.settings.recovery_timeout)
 
+    @property
+    def llm(self) -> Any:
+        """The AsyncLLM."""
+        return self._engine
+
     def __getattr__(self, name: str) -> Any:
         engine = self.__dict__.get("_engine")
         if engine is None:
