@@ -38,7 +38,7 @@ from xinf_vllm_backend.process.cleanup import SHARED_MEMORY
 from . import costs
 from .costs import Gap, Strike, Trouble
 from .faults import FAULTS, MARK, PATIENCE, WORKER, Faults, Signal, are_ready, clock
-from .launches import BOTH
+from .launches import BOTH, UNBOUND
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -527,8 +527,7 @@ def _cluster(deployment: Deployment, directory: Path) -> Cluster:
     (temporary := directory / ("t" * 100)).mkdir()
     compiled = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"  # as usual; else it takes 20 s
     environment = {"TMPDIR": str(temporary), "TORCHINDUCTOR_CACHE_DIR": str(compiled)}
-    # vLLM would bind the engines of both workers, which are two hosts elsewhere, to the same core.
-    environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    environment |= UNBOUND
     return Cluster(
         supervisor_worker=True,
         worker_hosts=deployment.workers,

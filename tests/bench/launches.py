@@ -27,6 +27,8 @@ from .report import Samples
 T = TypeVar("T")
 
 BOTH = ("--enforce_eager", "true", "--kv_cache_memory_bytes", str(KV_CACHE))
+# vLLM binds the engines of all replicas of a CPU host to the same core.
+UNBOUND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 PATIENCE = 300.0  # seconds
 POLL = 0.2  # seconds
 APPEARS = 5.0  # seconds that a worker has to start a host zygote

@@ -35,7 +35,7 @@ from . import report
 from .chaos import LAUNCH, STARTED, WORKERS, Traffic, launch, references, show, table
 from .engines import KV_CACHE, REQUESTS, TOKENS
 from .faults import FAULTS, MODEL_PROCESS, Faults, Signal, clock, victims
-from .launches import EXTENSION
+from .launches import EXTENSION, UNBOUND
 from .report import Samples, Table
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ ONE = "one replica"
 # What Cluster is given, and how many replicas there are.
 DEPLOYMENTS: dict[str, tuple[dict[str, Any], int]] = {
     ONE: ({}, 1),
-    "two replicas": ({}, 2),
-    "two workers": ({"supervisor_worker": True, "worker_hosts": WORKERS}, 2),
+    "two replicas": ({"env": UNBOUND}, 2),
+    "two workers": ({"supervisor_worker": True, "worker_hosts": WORKERS, "env": UNBOUND}, 2),
 }
 HANG = ("--hang_timeout", "5")
 # Each fault is to be the first in a row: further ones are answered after a back-off.
