@@ -28,12 +28,12 @@ from ..settings import Settings, variable
 from . import (
     cluster_link,
     cpu,
-    death_log,
     engine_log,
     launch_arguments,
     metrics,
     model_process,
     pickling,
+    replica_log,
     request_arguments,
 )
 from .cluster_link import ClusterLink
@@ -63,7 +63,7 @@ class HostedModel(VLLMModel):
         Settings.resolve(self._options)  # a bad one fails here, before anything is made
         self._given = frozenset(arguments)
         super().__init__(model_uid, model_family, model_path, arguments, peft_model)
-        death_log.begin(self.raw_model_uid)
+        replica_log.begin(self.raw_model_uid)
         self._death_recorded = False  # that of the engine which is being restarted
         self._stop_requested = False
         self._death: asyncio.Task[str] | None = None
@@ -143,7 +143,7 @@ class HostedModel(VLLMModel):
         """Finish the load, and start the health task on the event loop."""
         with self._readable_errors():
             super().wait_for_load()
-        for death in death_log.read(self.raw_model_uid).last[-1:]:
+        for death in replica_log.read(self.raw_model_uid).last[-1:]:
             self._announce(f"The model {self.raw_model_uid} serves again, after this: {death['reason']}")
 
     def _make_supervisor(self, engine_args: Any) -> EngineSupervisor:
@@ -214,7 +214,7 @@ class HostedModel(VLLMModel):
         name = self.raw_model_uid
         if move.death is not None:
             self._death_recorded = True
-            death_log.record(name, move.death.reason, move.death.details())
+            replica_log.record(name, move.death.reason, move.death.details())
             self._count(cluster_link.DEATHS)
         if move.state is State.RESTARTING:
             self._announce(f"{move.reason}. It is being restarted in place, and requests wait for it.", error=True)
@@ -257,10 +257,10 @@ class HostedModel(VLLMModel):
         reason = f"{how}. The model process ends so that Xinference starts the model again."
         logger.error("%s", reason)
         if self._death_recorded:  # it was to be restarted, and could not be
-            death_log.amend(self.raw_model_uid, reason)
+            replica_log.amend(self.raw_model_uid, reason)
         else:
-            death_log.record(self.raw_model_uid, reason)
-        await self._attempt(asyncio.to_thread(death_log.flush))
+            replica_log.record(self.raw_model_uid, reason)
+        await self._attempt(asyncio.to_thread(replica_log.flush))
         if self._link is not None:
             await self._attempt(self._link.announce_death(reason, count=not self._death_recorded))
         # The next engine may not start while this one is alive.
@@ -321,7 +321,7 @@ class HostedModel(VLLMModel):
         """State, processes and past deaths of this replica's engine, as plain data."""
         engine = self._engine
         ours = isinstance(engine, EngineSupervisor)
-        deaths = await asyncio.to_thread(death_log.read, self.raw_model_uid)
+        log = await asyncio.to_thread(replica_log.read, self.raw_model_uid)
         return {
             "replica": self.raw_model_uid,
             **(self._of_ours(engine) if ours else {"state": self._state_of_upstreams(), "processes": []}),
@@ -331,7 +331,7 @@ class HostedModel(VLLMModel):
             "zygote": preload.zygote_pid(),
             "push": {"off": reason} if (reason := model_side.why_pulled()) is not None else self.push_links.status(),
             "settings": self._settings.model_dump(),
-            **death_log.summary(deaths),
+            **replica_log.summary(log),
         }
 
     def _state_of_upstreams(self) -> str:
@@ -352,11 +352,11 @@ class HostedModel(VLLMModel):
 
     def stop(self) -> None:
         """Stop the engine in any state; idempotent and bounded. Blocks, so never call it on an event loop."""
-        death_log.forget(self.raw_model_uid)
+        replica_log.forget(self.raw_model_uid)
         try:
             super().stop()
         finally:
-            death_log.flush()
+            replica_log.flush()
 
     def _stop_engine(self) -> None:
         self._stop_requested = True
