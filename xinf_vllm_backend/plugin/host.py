@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -27,6 +28,7 @@ from ..errors import BackendError, BadLaunchArgumentError, EngineStartError, Eng
 from ..settings import Settings, variable
 from . import (
     cluster_link,
+    controlled,
     cpu,
     engine_log,
     launch_arguments,
@@ -38,6 +40,7 @@ from . import (
 )
 from .cluster_link import ClusterLink
 from .push import ids, model_side
+from .versions import versions
 
 logger = logging.getLogger("xinference.vllm_backend")
 
@@ -45,7 +48,7 @@ START_METHOD = "engine_start_method"
 EXIT_STATUS = 1  # tells Xinference to start the model process again
 
 
-class HostedModel(VLLMModel):
+class HostedModel(controlled.Controlled, VLLMModel):
     """A mixin for Xinference's vLLM classes: they prepare the engine's arguments, and it runs the engine.
 
     An instance is pickled twice before ``load()``, so until then it holds only plain data. Models across several
@@ -143,8 +146,9 @@ class HostedModel(VLLMModel):
         """Finish the load, and start the health task on the event loop."""
         with self._readable_errors():
             super().wait_for_load()
+        how = "is paused again" if self._restore_pause() else "serves again"
         for death in replica_log.read(self.raw_model_uid).last[-1:]:
-            self._announce(f"The model {self.raw_model_uid} serves again, after this: {death['reason']}")
+            self._announce(f"The model {self.raw_model_uid} {how}, after this: {death['reason']}")
 
     def _make_supervisor(self, engine_args: Any) -> EngineSupervisor:
         spec = EngineSpec(
@@ -156,7 +160,9 @@ class HostedModel(VLLMModel):
             on_move=self._moved,
             on_inexact=lambda request_id, why: self._count(cluster_link.INEXACT),
         )
-        return EngineSupervisor(spec)
+        supervisor = EngineSupervisor(spec)
+        supervisor.control.on_change = functools.partial(replica_log.record_pause, self.raw_model_uid)
+        return supervisor
 
     def _sanitize_model_config(self, model_config: Any) -> Any:
         config = super()._sanitize_model_config(model_config)
@@ -325,12 +331,14 @@ class HostedModel(VLLMModel):
         return {
             "replica": self.raw_model_uid,
             **(self._of_ours(engine) if ours else {"state": self._state_of_upstreams(), "processes": []}),
+            **controlled.status_of(engine),
             "pid": os.getpid(),
             "started": model_process.how_started(),
             "python": sys.executable,
             "zygote": preload.zygote_pid(),
             "push": {"off": reason} if (reason := model_side.why_pulled()) is not None else self.push_links.status(),
             "settings": self._settings.model_dump(),
+            "versions": await asyncio.to_thread(versions),
             **replica_log.summary(log),
         }
 
