@@ -53,8 +53,8 @@ class Engine:
         self.ends: list[Connection] = []
         self._reported: set[int] = set()
 
-    def _heard(self, message: str) -> None:
-        EngineContext.heard(self.context, message)
+    def _heard(self, message: str, child: str = "") -> None:
+        EngineContext.heard(self.context, message, child)
         self._reported.add(int(message.removeprefix(PID_REPORT).split()[0]))
 
     def start(self, target: Callable[..., None], *arguments: Any, ends: int = 1) -> EngineProcess:

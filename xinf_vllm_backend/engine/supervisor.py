@@ -183,8 +183,8 @@ class EngineSupervisor:
 
     async def _bury(self, ending: Ending, in_flight: tuple[RequestInFlight, ...]) -> Death:
         """End what is left of the engine, and find out how it died."""
-        silent = 0.0 if self._watch is None else self._watch.limit
-        death = await self._meanwhile(asyncio.to_thread(self._current.end, ending, silent))
+        silent, who = (0.0, ()) if self._watch is None else (self._watch.limit, self._watch.silent)
+        death = await self._meanwhile(asyncio.to_thread(self._current.end, ending, silent, who))
         death = replace(death, requests=in_flight)
         if death.hung:
             logger.error("%s", death.explained())
