@@ -36,7 +36,7 @@ def status(cluster: Cluster) -> dict[str, Any]:
 
 def chat(cluster: Cluster, number: int) -> str:
     chunks = cluster.openai().chat.completions.create(
-        model=UID, messages=[{"role": "user", "content": f"{number}"}], max_tokens=300, temperature=0, stream=True
+        model=UID, messages=[{"role": "user", "content": f"{number}"}], max_tokens=500, temperature=0, stream=True
     )
     return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
 
@@ -50,7 +50,7 @@ def test_requests_to_both_ranks_go_on_when_one_is_killed(parallel: Cluster) -> N
     with ThreadPoolExecutor(8) as pool:
         undisturbed = list(pool.map(lambda number: chat(parallel, number), range(8)))
         asked = [pool.submit(chat, parallel, number) for number in range(8)]
-        wait_until(lambda: status(parallel)["requests"] == 8, BACK, "all to be under way")
+        wait_until(lambda: status(parallel)["requests"] >= 4, BACK, "requests on both ranks")
         (victim,) = parallel.engine_processes("EngineCore_DP1")
         victim.kill()
         assert [each.result(BACK) for each in asked] == undisturbed
