@@ -106,6 +106,7 @@ class TestTheStacksOfAProcess:
         assert child.pid in pids
         assert all(" in echo_after_pid" in engine.stack_of(pid).text for pid in pids)
         assert {stack.pid for stack in engine.context.stacks(TIMEOUT)} == pids
+        assert engine.context.families == dict.fromkeys(pids, child.name)
 
     def test_are_told_by_one_that_never_lets_go_of_the_interpreter_lock(self, engine: Engine) -> None:
         process = engine.start(targets.hold_the_interpreter_lock, ends=2)
