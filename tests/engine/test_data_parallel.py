@@ -19,6 +19,7 @@ from streams import (
     ENGINE_CORE,
     EXPERTS,
     TOKENS,
+    TWO_RANKS,
     WORKER,
     MakeWatched,
     Stream,
@@ -36,7 +37,7 @@ from xinf_vllm_backend.engine.supervisor import EngineSupervisor
 pytestmark = pytest.mark.engine
 
 # In float32 another batch, on another rank, gives the same text.
-RANKS = {"data_parallel_size": 2, "dtype": "float32"}
+RANKS: dict[str, Any] = {"data_parallel_size": 2, "dtype": "float32", "environment": TWO_RANKS}
 HANG_TIMEOUT = 2.0  # seconds
 BEGUN = 10  # tokens after which a stream is under way
 LONG = 400  # tokens of one that is still under way when something is done to its engine then

@@ -6,18 +6,16 @@ import os
 import signal
 
 import pytest
-from streams import MakeWatched, Stream, answered_twice, deaths, until, victim
+from streams import TWO_RANKS, MakeWatched, Stream, answered_twice, deaths, until, victim
 
 pytestmark = pytest.mark.engine
 
 BEGUN, LONG = 10, 400  # tokens
 
 
-async def test_a_worker_of_two_that_is_killed_or_stopped_is_found_and_requests_go_on(
-    make_watched: MakeWatched, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if (os.cpu_count() or 1) > 1 else "0|0")
-    supervisor = await make_watched(tensor_parallel_size=2, dtype="float32", hang_timeout=2.0)
+async def test_a_worker_of_two_that_is_killed_or_stopped_is_found_and_requests_go_on(make_watched: MakeWatched) -> None:
+    options = {"dtype": "float32", "environment": TWO_RANKS, "hang_timeout": 2.0}
+    supervisor = await make_watched(tensor_parallel_size=2, **options)
     assert len(supervisor.processes()) == 3
     for how, said in ((signal.SIGKILL, "was killed by SIGKILL"), (signal.SIGSTOP, "hangs: for 2 s it has given no")):
         before = supervisor.restarts
