@@ -22,7 +22,7 @@ MakeWatched = Callable[..., Awaitable[EngineSupervisor]]
 BOUND = 60.0  # seconds; reached only by what hangs
 TOKENS = 150
 ENGINE_CORE, WORKER, COORDINATOR = "VLLM::EngineCore", "VLLM::Worker", "VLLM::DPCoordinator"
-# A core for each of two ranks: vLLM itself binds data-parallel ranks to the same ones, and refuses tensor-parallel ones.
+# A core for each of two ranks: vLLM itself binds data-parallel ranks to the same, and refuses tensor-parallel ones.
 TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1" if (os.cpu_count() or 1) > 1 else "0|0"}
 # Has vLLM run the dense tiny model as one of experts, whose ranks take each step together.
 EXPERTS = {"hf_overrides": {"num_experts": 8}}

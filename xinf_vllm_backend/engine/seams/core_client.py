@@ -210,7 +210,8 @@ def _identity(rank: int) -> bytes:
 
 def rank_of(outputs: Any) -> int:
     """The data-parallel rank that made ``outputs``, an ``EngineCoreOutputs``."""
-    return getattr(outputs, "engine_index", 0)
+    rank: int = getattr(outputs, "engine_index", 0)
+    return rank
 
 
 OUTPUT_TASK = Seam(
