@@ -59,6 +59,9 @@ class Settings(BaseModel):
     resume_inexact: Literal["continue", "fail"] = Field(
         "continue", description="what happens to a request that cannot continue exactly"
     )
+    idle_sleep_after: float = Field(
+        0.0, ge=0, description="time in seconds without a request after which an engine sleeps; 0: never"
+    )
     engine_start_method: Literal["auto", "spawn", "zygote"] = Field(
         "auto", description="how engine processes are started; auto: zygote"
     )

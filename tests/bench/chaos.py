@@ -527,6 +527,8 @@ def _cluster(deployment: Deployment, directory: Path) -> Cluster:
     (temporary := directory / ("t" * 100)).mkdir()
     compiled = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"  # as usual; else it takes 20 s
     environment = {"TMPDIR": str(temporary), "TORCHINDUCTOR_CACHE_DIR": str(compiled)}
+    # vLLM would bind the engines of both workers, which are two hosts elsewhere, to the same core.
+    environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     return Cluster(
         supervisor_worker=True,
         worker_hosts=deployment.workers,

@@ -202,6 +202,17 @@ def unlisted(process: psutil.Process, listened: set[int]) -> list[Any]:
     return [each for each in found if not {each.laddr.port, each.raddr.port} & listened]
 
 
+def relaunch_api(cluster: Cluster) -> None:
+    """Have another API process serve what comes, while the one before serves what it has until that ends."""
+    answer = httpx.post(f"{cluster.endpoint}/v1/api/relaunch", timeout=BOUND, trust_env=False)
+    assert answer.status_code == httpx.codes.ACCEPTED, answer.text
+
+    def is_draining() -> bool:
+        return bool((cluster.get("/v1/api-relaunches") or [{}])[0].get("status") == "draining")
+
+    wait_until(is_draining, BOUND, "another API process to serve")
+
+
 def admits_all(cluster: Cluster, model: str, count: int) -> None:
     """So many are admitted at once, as none of those before has kept its place."""
     assert [stream.finish for stream in ended(held(cluster, model, count))] == ["length"] * count
@@ -251,19 +262,23 @@ def test_each_of_two_api_processes_has_a_link_and_one_that_is_killed_ends_no_str
 ) -> None:
     (old,) = api_processes(apart)
     theirs = held(apart, ONE, LIMIT // 2)  # the old one serves them until they end
-    answer = httpx.post(f"{apart.endpoint}/v1/api/relaunch", timeout=BOUND, trust_env=False)
-    assert answer.status_code == httpx.codes.ACCEPTED, answer.text
-
-    def is_draining() -> bool:
-        return bool((apart.get("/v1/api-relaunches") or [{}])[0].get("status") == "draining")
-
-    wait_until(is_draining, BOUND, "another API process to serve")
+    relaunch_api(apart)
     ours = held(apart, ONE, LIMIT // 2)
     assert pushes(apart, ONE)[0][0] == 2
     old.kill()
     wait_until(lambda: pushes(apart, ONE)[0][0] == 1, BOUND, "the link of the killed one to end")
     assert [(stream.text, stream.finish) for stream in ended(ours)] == [(large.text, "length")] * len(ours)
     assert [stream.finish for stream in ended(theirs)] == [None] * len(theirs)
+
+
+def test_streams_of_two_api_processes_go_on_when_their_model_process_dies(apart: Cluster, undisturbed: str) -> None:
+    theirs = begun(apart, ONE, LIMIT // 2)
+    relaunch_api(apart)
+    ours = begun(apart, ONE, LIMIT // 2)
+    assert pushes(apart, ONE)[0] == (2, LIMIT)
+    psutil.Process(replicas(apart, ONE)[0]["pid"]).kill()
+    assert [stream.text for stream in ended([*theirs, *ours])] == [undisturbed] * LIMIT
+    becomes(apart, ONE, [(1, 0)])
 
 
 def test_each_replica_has_a_link_and_the_streams_of_one_that_is_killed_go_on_at_the_other(

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from xinf_vllm_backend.engine import replay
+from xinf_vllm_backend.engine import client, replay
 from xinf_vllm_backend.engine.replay import Given
 from xinf_vllm_backend.errors import (
     CannotResumeError,
@@ -482,6 +482,37 @@ async def test_an_abort_goes_to_the_process_that_works_on_it_now(make: Make) -> 
     await model.abort_request("1")
     assert "abort_request" in works.asked and not works.is_dead
     await read(answer)
+
+
+async def test_a_request_does_not_wait_long_for_an_engine_where_another_replica_serves(make: Make) -> None:
+    patience: list[float | None] = []
+
+    def before(process: Process, token: int) -> None:
+        if token == 5 and len(api.served.living()) == 2 and not patience:
+            patience.append(client.patience.get())
+            raise EngineRestartingError("The request waited too long for the vLLM engine.")
+
+    api = make(2, before)
+    while not patience:  # until both replicas are known
+        assert await asyncio.wait_for(api.ask(), TIMEOUT) == WHOLE
+    assert patience == [stream.PATIENCE]
+    avoided = [each for each in api.served.living() if each.is_avoided()]
+    assert len(avoided) == 1 and not any(process.is_dead for process in api.cluster.started)
+    again = await api.begin()
+    assert again.ref is not avoided[0].ref
+    await read(again)
+
+
+async def test_a_request_waits_for_the_only_engine_until_that_gives_it_up(make: Make) -> None:
+    patience: list[float | None] = []
+
+    def before(process: Process, token: int) -> None:
+        patience.append(client.patience.get())
+        raise EngineRestartingError("The request waited too long for the vLLM engine.")
+
+    with pytest.raises(EngineRestartingError):
+        await make(1, before).ask()
+    assert patience == [None]
 
 
 async def test_a_replica_that_is_full_admits_it_later(make: Make) -> None:

@@ -70,7 +70,7 @@ class TestADeath:
         assert [entry.id for entry in journal.waiting()] == ["a", "b", "c"]
         clock.now = 10.0
         journal.open("d", "d", None)
-        assert [entry.id for entry in journal.waiting(longer_than=5.0)] == ["a", "b", "c"]
+        assert [entry.id for entry in journal.waiting(lambda entry: 5.0)] == ["a", "b", "c"]
 
     def test_is_not_held_against_requests_that_waited(self, journal: Journal) -> None:
         entry = journal.open("waits", "waits", None)

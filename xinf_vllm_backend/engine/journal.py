@@ -37,6 +37,8 @@ class Entry:
         replay: a :class:`.replay.Record` of what it was given in another process, while it is fed that; no engine works
             on it yet.
         inexact: why it may not go on as it would have in that process; None where it will.
+        patience: seconds that it waits for an engine, where that is less than the others do.
+        held: whether it came while the engine was pausing or paused.
     """
 
     id: str
@@ -51,6 +53,8 @@ class Entry:
     streams_input: bool = False
     replay: Any = None
     inexact: str | None = None
+    patience: float = float("inf")
+    held: bool = False
 
     def sent(self) -> None:
         """An engine works on it from now on."""
@@ -77,6 +81,7 @@ class Journal:
     Attributes:
         outputs: number of batches that each rank of the engine delivered.
         aborts_wanted: whether the engine was told to end its requests, as by a pause.
+        used: seconds, by the clock, when a request or call last began or ended.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -84,6 +89,8 @@ class Journal:
         self._entries: dict[str, Entry] = {}
         self.outputs: Counter[int] = Counter()
         self.aborts_wanted = False
+        self.used = clock()
+        self._closed = asyncio.Event()  # an entry was
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -152,6 +159,23 @@ class Journal:
             entry = self._entries.pop(request_id, None)
             if entry is not None:
                 entry.further.set()
+                self.touch()
+                self._closed.set()
+
+    def touch(self) -> None:
+        """Something began or ended that is a use of the engine."""
+        self.used = self._clock()
+
+    def idle(self) -> float:
+        """Seconds since the last use; 0 while a request is in flight."""
+        return 0.0 if self._entries else self._clock() - self.used
+
+    async def until_closed(self, entries: Iterable[Entry]) -> None:
+        """Return when all ``entries`` are closed."""
+        left = list(entries)
+        while left := [entry for entry in left if entry in self]:
+            self._closed.clear()
+            await self._closed.wait()
 
     def lost(self) -> list[Entry]:
         """The engine died: all that it worked on wait again.
@@ -165,7 +189,21 @@ class Journal:
             entry.lost(self._clock())
         return stuck
 
-    def waiting(self, longer_than: float = 0.0) -> list[Entry]:
-        """Those that wait for an engine, for at least ``longer_than`` seconds."""
-        latest = self._clock() - longer_than
-        return [entry for entry in self._entries.values() if entry.since is not None and entry.since <= latest]
+    def suspend(self) -> None:
+        """The engine is ended on purpose: all that it worked on wait for the next one."""
+        for entry in self._entries.values():
+            if entry.since is None:
+                entry.since = self._clock()
+
+    def release(self) -> None:
+        """Those that were held, or kept, wait from now on as for any engine."""
+        for entry in self._entries.values():
+            entry.held = False
+            if entry.since is not None:
+                entry.since = self._clock()
+
+    def waiting(self, bound: Callable[[Entry], float] = lambda entry: 0.0) -> list[Entry]:
+        """Those that wait for an engine, for at least ``bound(entry)`` seconds."""
+        now = self._clock()
+        waiting = [(entry, now - entry.since) for entry in self._entries.values() if entry.since is not None]
+        return [entry for entry, seconds in waiting if seconds >= bound(entry)]

@@ -121,6 +121,25 @@ def _renew_engine_id(transfer: Any) -> None:
         _renew_engine_id(part)
 
 
+CONTROL = Seam(
+    "vllm.v1.engine.async_llm",
+    "AsyncLLM",
+    "pausing and sleeping",
+    "a pause fails, and its model serves on",
+    members=("pause_generation", "resume_generation", "sleep", "wake_up", "abort"),
+)
+
+
+async def abort(engine: Any, request_ids: list[str]) -> None:
+    """End requests of ``engine``, an AsyncLLM, with what they have been given.
+
+    Args:
+        request_ids: internal ids.
+    """
+    if request_ids:
+        await engine.abort(request_ids, internal=True)
+
+
 OUTPUTS_QUEUE = Seam(
     "vllm.v1.engine.core_client",
     "AsyncMPClient.outputs_queue",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from ...errors import EngineDiedError
+from ...errors import EngineDiedError, EngineRestartingError
 from ...process.link import LinkLostError
 
 
@@ -31,6 +31,11 @@ def is_passing(error: BaseException) -> bool:
     """Whether the process may serve the request all the same: by another link, or when it has room for it again."""
     is_loading = any(cls.__name__ == "ModelNotReadyError" for cls in type(error).__mro__)
     return isinstance(error, LinkLostError) or is_loading or is_full(error)
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether the process lives, and its engine has not come back for as long as the request waits for it."""
+    return isinstance(error, EngineRestartingError)
 
 
 def is_full(error: BaseException) -> bool:

@@ -20,7 +20,7 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-from ...engine import replay
+from ...engine import client, replay
 from ...engine.replay import Record
 from ...engine.seams import core_client, replaying
 from ...engine.seams.seam import Seam
@@ -91,7 +91,8 @@ async def _push(
 
     Args:
         asked: of a stream that may go on in another process: the ``seed`` of its ids, and if it has begun in another,
-            the ``notes`` and the number of ``chunks`` that the reader has.
+            the ``notes`` and the number of ``chunks`` that the reader has; ``patience``, in seconds, if it can go on in
+            another when the engine here is away for longer.
 
     Returns:
         what ``method`` returned if that is no stream; None when all of the stream has arrived.
@@ -101,7 +102,7 @@ async def _push(
         LinkLostError: it was lost, and there was no other in time.
         Exception: what ``method`` or its stream raised; all chunks before have arrived.
     """
-    with actor.push_links.open(name, key, asked) as pump:
+    with _patient((asked or {}).get("patience")), actor.push_links.open(name, key, asked) as pump:
         iterator = await _called(pump, actor, getattr(actor, method), args, kwargs)
         if not pump.has_stream:
             return iterator
@@ -113,6 +114,16 @@ async def _push(
                 await pump.flush()
             raise
         await pump.finish()
+
+
+@contextlib.contextmanager
+def _patient(seconds: float | None) -> Iterator[None]:
+    """Have requests of this context wait no longer than ``seconds`` for an engine."""
+    token = client.patience.set(seconds)
+    try:
+        yield
+    finally:
+        client.patience.reset(token)
 
 
 async def _called(pump: _Pump, actor: Any, method: Callable[..., Awaitable[Any]], args: Any, kwargs: Any) -> Any:

@@ -42,10 +42,10 @@ class Request:
     def id(self) -> str:
         return str(self.kwargs["request_id"])
 
-    def asked(self) -> dict[str, Any]:
+    def asked(self, patience: float | None = None) -> dict[str, Any]:
         """What the model process is told of it; see :func:`.model_side._push`."""
         begun = {"notes": bytes(self._notes), "chunks": self.chunks} if self.chunks else {}
-        return {"seed": self._seed, **begun}
+        return {"seed": self._seed, "patience": patience, **begun}
 
     def take(self, items: Iterable[tuple[bytes, bytes]]) -> bytes:
         """Note the items that came; their chunks together."""

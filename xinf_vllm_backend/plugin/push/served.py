@@ -24,6 +24,7 @@ LOOK = 5.0  # seconds after which they are asked again, while all replicas live
 LOOK_AGAIN = 0.25  # seconds, while one does not and a request comes
 LOOK_ON = 1.0  # seconds, while one does not and no request comes
 GONE = 30.0  # seconds for which nothing is asked at the address of a process that died or said that it ends
+AVOIDED = 10.0  # seconds for which others are preferred to a replica whose engine was away for long
 AT_ONCE = 16  # requests that are sent again at the same time, until each is admitted
 HEAD = 2048  # characters of a prompt by which requests with the same head are told
 SHORT = 256  # characters up to which the head of a prompt is of no account
@@ -54,6 +55,7 @@ class Replica:
         serves: whether Xinference says that it does; its process may have died since.
         gone: address of a process that has died or is ending, and until when it is not asked.
         asking: the task that asks its worker for it; None if none has.
+        avoided: ``time.monotonic()`` until which others are preferred: its engine is away.
     """
 
     def __init__(self, uid: str, ref: Any = None, peer: Peer | None = None) -> None:
@@ -65,6 +67,7 @@ class Replica:
         self.peer = peer
         self.requests: dict[Request, None] = {}
         self.asking: asyncio.Task[None] | None = None
+        self.avoided = 0.0
 
     def is_gone(self, ref: Any) -> bool:
         """Whether ``ref`` is that of a process which has died or is ending; the next one has another address."""
@@ -73,6 +76,9 @@ class Replica:
 
     def lives(self) -> bool:
         return self.ref is not None and (self.peer is None or self.peer.current() is not None)
+
+    def is_avoided(self) -> bool:
+        return time.monotonic() < self.avoided
 
     def load(self) -> int:
         """Tokens that are expected of it yet."""
@@ -166,10 +172,19 @@ class Served:
     def has_other(self, replica: Replica) -> bool:
         return any(each is not replica for each in self.living())
 
+    def has_ready(self, replica: Replica) -> bool:
+        """Whether another one lives, and its engine too, as far as is known."""
+        return any(each is not replica and not each.is_avoided() for each in self.living())
+
+    def avoid(self, replica: Replica) -> None:
+        """Its engine is being restarted, and that takes long."""
+        replica.avoided = time.monotonic() + AVOIDED
+
     def _best(self, living: list[Replica], request: Request | None) -> Replica:
         """The least loaded, or one that has seen the head of the prompt and is hardly more loaded."""
         if request is not None:
             living = [replica for replica in living if replica.uid not in request.full] or living
+        living = [replica for replica in living if not replica.is_avoided()] or living
         if len(living) == 1 or request is None:
             return living[0]
         loads = {replica.uid: replica.load() for replica in living}

@@ -12,7 +12,7 @@ from ...errors import CannotResumeError, EngineStoppedError
 from ...process.link import Inlet, LinkLostError
 from . import PUSH, RELINK
 from .links import ASK, Links
-from .lost import is_full, is_passing, is_process_lost, is_silent
+from .lost import is_away, is_full, is_passing, is_process_lost, is_silent
 from .request import Request
 from .served import Replica, Served
 
@@ -20,6 +20,7 @@ logger = logging.getLogger("xinference.vllm_backend")
 
 ENDING = 1.0  # seconds in which the link to a process that ends is lost
 SOON = 2.0  # seconds for a silent process to answer, where another replica lives
+PATIENCE = 5.0  # seconds for an engine that is being restarted to come back, where another replica lives
 BUSY = 0.5  # seconds after which a request that goes on is sent again to a replica that admits no more
 
 
@@ -61,7 +62,9 @@ class Stream:
         self._before = 0  # items received by the links before
         self._first = replica.peer.name, self._inlet.key  # by which the model process knows it
         self._admitted = False
-        request, asked = self._request, None if self._served is None else self._request.asked()
+        request, served = self._request, self._served
+        patience = PATIENCE if served is not None and served.has_ready(replica) else None
+        asked = None if served is None else request.asked(patience)
         self._call: asyncio.Future[Any] = asyncio.ensure_future(
             getattr(self._ref, PUSH)(request.method, *self._first, request.args, request.kwargs, asked)
         )
@@ -185,6 +188,9 @@ class Stream:
             if not await served.has_room(request):
                 raise error
         passing = is_passing(error) and (request.was_admitted or isinstance(error, LinkLostError) or is_full(error))
+        if is_away(error) and served.has_ready(self._replica):
+            served.avoid(self._replica)
+            passing = True
         if not (passing or self._is_lost(error)) or (passing and self._is_overdue(served)):
             raise error
         if not passing:
@@ -193,7 +199,7 @@ class Stream:
         self._drop()
         async with served.paced:
             while True:
-                if passing and (request.was_admitted or not is_full(error)):
+                if passing and not is_away(error) and (request.was_admitted or not is_full(error)):
                     await asyncio.sleep(BUSY)
                 self._check()
                 try:
