@@ -194,10 +194,15 @@ async def ask_sign_of_life(client: Any, rank: int | None = None) -> None:
                 await client._call_utility_async("is_scheduler_paused", engine=_identity(rank))
             return
         except Exception as error:
-            # vLLM raises what the engine answered as an Exception, and answers that differ as a RuntimeError.
-            if type(error) in (Exception, RuntimeError):
+            if is_answer(error):
                 return
             await asyncio.sleep(ASK_INTERVAL)
+
+
+def is_answer(error: Exception) -> bool:
+    """Whether an engine has answered a call with ``error``, and not this process."""
+    # vLLM raises what the engine answered as an Exception, and answers that differ as a RuntimeError.
+    return type(error) in (Exception, RuntimeError)
 
 
 RANKS = Seam(
