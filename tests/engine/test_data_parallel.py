@@ -85,8 +85,8 @@ async def test_a_killed_rank_or_coordinator_restarts_the_engine_and_both_ranks_g
         assert files is not None and files.directory.exists()
         await answered_though(supervisor, title, rank, signal.SIGKILL)
         assert re.search(rf"{name}\S* \(pid \d+\) was killed by SIGKILL", deaths(supervisor)[-1])
-        assert not [process for process in old if process.is_running()]
-        assert not files.directory.exists()
+        await until(lambda old=old: not [process for process in old if process.is_running()])  # type: ignore[misc]
+        await until(lambda files=files: not files.directory.exists())  # type: ignore[misc]
         assert len(supervisor.processes()) == 5
 
 

@@ -170,6 +170,7 @@ async def test_a_stale_wave_start_wakes_no_paused_rank(
         return found
 
     monkeypatch.setattr(msgspec.msgpack, "decode", decoded)
+    await until(lambda: not core_of(engine).engines_running)  # as the coordinator says
     await core_of(engine).first_req_send_socket.send(msgspec.msgpack.encode(("FIRST_REQ", 0)))
     await bounded(started.wait())
     first = asyncio.ensure_future(call(engine, "barrier", 1))
