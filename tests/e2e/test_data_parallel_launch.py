@@ -1,7 +1,8 @@
-"""A model launched with data_parallel_size is one engine of several ranks, which restarts as a whole."""
+"""Models launched with several data- or tensor-parallel ranks are one engine each, which restarts as a whole."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,7 +12,10 @@ import pytest
 
 from xinf_vllm_backend.demo.cluster import Cluster, wait_until
 
-pytestmark = pytest.mark.e2e
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ranks need two cores"),
+]
 
 BACK = 120.0  # seconds; reached only by what hangs
 UID = "parallel"
@@ -57,6 +61,14 @@ def test_requests_to_both_ranks_go_on_when_one_is_killed(parallel: Cluster) -> N
     wait_until(lambda: status(parallel)["restarts"] == 1, BACK, "the engine to be back")
     assert f"EngineCore_DP1 (pid {victim.pid}) was killed by SIGKILL" in status(parallel)["last_error"]["reason"]
     assert len(parallel.engine_processes()) == 5
+
+
+def test_two_tensor_parallel_ranks_are_launched_on_a_host_with_one_numa_node(cluster: Cluster) -> None:
+    launch = cluster.launch("tiny", "--model-uid", "halves", "--tensor_parallel_size", "2", "--enforce_eager", "true")
+    assert launch.returncode == 0, launch.stderr
+    assert cluster.answers("halves")
+    assert len(cluster.engine_processes("Worker_TP0")) == len(cluster.engine_processes("Worker_TP1")) == 1
+    cluster.cli("terminate", "--model-uid", "halves")
 
 
 def test_more_ranks_than_the_host_has_cores_are_refused_with_a_sentence(cluster: Cluster) -> None:

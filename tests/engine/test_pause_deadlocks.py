@@ -55,6 +55,7 @@ async def engine(tiny_model: Path) -> AsyncIterator[EngineSupervisor]:
     await asyncio.wait([watching])
     left = [psutil.Process(process["pid"]) for process in supervisor.processes()]
     await asyncio.to_thread(supervisor.stop, 0)
+    await asyncio.sleep(0)  # vLLM closes its sockets on the loop that it served from
     assert not [process for process in left if process.is_running()]
 
 
