@@ -53,6 +53,13 @@ class TestAnEntry:
         assert entry.tokens == [] and entry not in journal and entry.further.is_set()
 
 
+def test_batches_are_counted_by_rank(journal: Journal) -> None:
+    opened(journal, "a")
+    for rank in (1, 0, 1):
+        journal.deliver([output("a", 1)], rank)
+    assert journal.outputs == {0: 1, 1: 2}
+
+
 class TestADeath:
     def test_makes_requests_wait_that_were_worked_on(self, journal: Journal, clock: Clock) -> None:
         entries = opened(journal, "a", "b")

@@ -388,7 +388,8 @@ class EngineClient:
                 if (record := self._fed.pop(id(outputs), None)) is not None:
                     record.was_fed()
                 self._end_unresumable(outputs)
-                if aborted := self.journal.deliver(core_client.delivered(outputs.outputs)):
+                given, rank = core_client.delivered(outputs.outputs), core_client.rank_of(outputs)
+                if aborted := self.journal.deliver(given, rank):
                     core_client.drop(outputs, aborted)
                     self._found_dead(core)  # it is ending, and its requests go on elsewhere
                 return outputs

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,7 +79,7 @@ class Journal:
         clock: seconds.
 
     Attributes:
-        outputs: number of batches delivered.
+        outputs: number of batches that each rank of the engine delivered.
         aborts_wanted: whether the engine was told to end its requests, as by a pause.
         used: seconds, by the clock, when a request or call last began or ended.
     """
@@ -86,7 +87,7 @@ class Journal:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._entries: dict[str, Entry] = {}
-        self.outputs = 0
+        self.outputs: Counter[int] = Counter()
         self.aborts_wanted = False
         self.used = clock()
         self._closed = asyncio.Event()  # an entry was
@@ -118,16 +119,17 @@ class Journal:
         entry.streams_input = streams
         return entry
 
-    def deliver(self, outputs: Iterable[tuple[str, list[int], str | None]]) -> set[str]:
+    def deliver(self, outputs: Iterable[tuple[str, list[int], str | None]], rank: int = 0) -> set[str]:
         """Note outputs as delivered, but for those that end a request which nobody asked to abort.
 
         Args:
             outputs: of each its request's id, its new token ids, and the finish reason of a last one.
+            rank: of the engine, by which they were made.
 
         Returns:
             The ids of these; an engine that is told to end says so of all its requests.
         """
-        self.outputs += 1
+        self.outputs[rank] += 1
         aborted = set()
         entries = self._entries
         for request_id, new_tokens, finished in outputs:  # for every token of every request: keep it short

@@ -348,7 +348,7 @@ class Control:
     async def _in_undo_time(self, step: Coroutine[Any, Any, None]) -> bool:
         try:
             await asyncio.wait_for(step, UNDO_TIMEOUT)
-        except (asyncio.TimeoutError, BackendError) as error:
+        except Exception as error:  # whatever it is, the engine does not do it
             logger.error("%s does not answer: %r", self._engine.name, error)
             return False
         return True

@@ -133,6 +133,7 @@ class Rest:
         self._client.on_wanted = self._wanted
         self._sleep: Sleep | None = None
         self._sending: asyncio.Task[None] | None = None  # what a pause held
+        self._frozen = False  # it was told to pause, or may have been
 
     @property
     def is_ordered(self) -> bool:
@@ -293,6 +294,7 @@ class Rest:
         """
         if mode == "abort":
             await core_client.abort(self._engine.llm, [entry.id for entry in self._begun()])
+        self._frozen = True
         while self._sleep is None:
             try:
                 await self._engine.llm.pause_generation(mode=mode, clear_cache=clear_cache)
@@ -302,9 +304,21 @@ class Rest:
 
     async def thaw(self) -> None:
         """Have the engine step again; one that was started since is not paused."""
-        if not self._client.is_lost:
+        # Of ranks that step together one that runs does not resume, and another would wait for it.
+        frozen, self._frozen = self._frozen, False
+        if frozen and not self._client.is_lost:
             with contextlib.suppress(EngineDiedError):
-                await self._engine.llm.resume_generation()
+                await self._resume()
+
+    async def _resume(self) -> None:
+        try:
+            await self._engine.llm.resume_generation()
+        except Exception as error:
+            if not core_client.is_answer(error):
+                raise
+            # A rank that waits for others to pause does not resume before they do.
+            await self._engine.llm.pause_generation(mode="keep", clear_cache=False)
+            await self._engine.llm.resume_generation()
 
     async def fall_asleep(self, level: int | None) -> None:
         """Sleep until :meth:`wake`, even if it is wanted; return when it does."""

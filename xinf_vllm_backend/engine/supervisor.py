@@ -222,8 +222,8 @@ class EngineSupervisor:
 
     async def _bury(self, ending: Ending, in_flight: tuple[RequestInFlight, ...]) -> Death:
         """End what is left of the engine, and find out how it died."""
-        silent = 0.0 if self._watch is None else self._watch.limit
-        death = await self.meanwhile(asyncio.to_thread(self.current.end, ending, silent))
+        silent, who = (0.0, ()) if self._watch is None else (self._watch.limit, self._watch.silent)
+        death = await self.meanwhile(asyncio.to_thread(self.current.end, ending, silent, who))
         death = replace(death, requests=in_flight, reason=self._rest.restart_wanted or death.reason)
         self._rest.restart_wanted = ""
         if death.hung:

@@ -68,6 +68,7 @@ class HostedModel(controlled.Controlled, VLLMModel):
         super().__init__(model_uid, model_family, model_path, arguments, peft_model)
         replica_log.begin(self.raw_model_uid)
         self._death_recorded = False  # that of the engine which is being restarted
+        self._environment: dict[str, str] = {}  # variables of the engine alone
         self._stop_requested = False
         self._death: asyncio.Task[str] | None = None
         self._link: ClusterLink | None = None
@@ -155,6 +156,7 @@ class HostedModel(controlled.Controlled, VLLMModel):
             self.raw_model_uid,
             engine_args,
             self._settings,
+            self._environment,
             on_phase=self._show,
             on_line=engine_log.write,
             on_move=self._moved,
@@ -167,7 +169,9 @@ class HostedModel(controlled.Controlled, VLLMModel):
     def _sanitize_model_config(self, model_config: Any) -> Any:
         config = super()._sanitize_model_config(model_config)
         if platform.is_cpu_build():
-            cpu.fill_in(config, self._given, self._settings)
+            cpu.fill_in(config, self._given, self._settings, self._n_worker)
+            if self._is_ours():
+                self._environment = cpu.share_cores(config)
         elif self._is_ours():
             launch_arguments.share_devices(config, self._given, max(1, self._device_count or 0))
         return config
