@@ -22,7 +22,7 @@ class Controlled:
 
     raw_model_uid: str
     _engine: Any
-    _loop: asyncio.AbstractEventLoop | None
+    _loop: Any
 
     async def control_status(self) -> dict[str, Any]:
         """What is so now.
