@@ -15,7 +15,7 @@ from xinf_vllm_backend.plugin.control import Controls
 from xinf_vllm_backend.plugin.outcome import Outcome
 
 BOUND = 20.0  # seconds; reached only by what hangs
-SOON = {"timeout": 0.4}  # of an order that is to run out
+SOON: dict[str, Any] = {"timeout": 0.4}  # of an order that is to run out
 PHASES = ("prepare", "commit", "confirm")
 
 

@@ -33,7 +33,7 @@ async def answers(calls: Mapping[str, Awaitable[Any]], seconds: float, until_fai
     found = {name: _error_of(task) or task.result() for name, task in tasks.items() if task.done()}
     if until_failure and any(isinstance(each, Exception) for each in found.values()):
         return found
-    late = NoAnswerError(f"did not answer within {max(0.0, seconds):.3g} s")
+    late = NoAnswerError(f"did not answer within {round(max(0.0, seconds), 1):g} s")
     return {name: found.get(name, late) for name in tasks}
 
 
