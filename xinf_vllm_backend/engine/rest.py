@@ -315,8 +315,8 @@ class Rest:
             if not core_client.is_answer(error):
                 raise
             # A rank that waits for others to pause does not resume before they do.
-            await self._engine.llm.pause_generation(mode="keep", clear_cache=False)
-            await self._engine.llm.resume_generation()
+            await core_client.pause(self._engine.llm, "keep", False)
+            await core_client.resume(self._engine.llm)
 
     async def fall_asleep(self, level: int | None) -> None:
         """Sleep until :meth:`wake`, even if it is wanted; return when it does."""
