@@ -300,7 +300,11 @@ async def test_a_sleep_that_is_asked_for_while_the_engine_pauses_is_refused_and_
 
 
 async def test_weights_that_are_given_to_a_paused_engine_reach_all_ranks_or_none(
-    engine: EngineSupervisor, undisturbed: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    engine: EngineSupervisor,
+    undisturbed: list[str],
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     other = {"kwargs": {"weights_path": str(make_tiny_model(tmp_path / "other", seed=1))}}
     await carry_out(engine, mode="keep")
@@ -320,6 +324,6 @@ async def test_weights_that_are_given_to_a_paused_engine_reach_all_ranks_or_none
     changed = await texts(on_both(engine, LONG))
     assert changed[0] == changed[1] != undisturbed[0]
     await carry_out(engine, mode="keep")
-    await bounded(engine.collective_rpc("reload_weights"))
+    await bounded(engine.collective_rpc("reload_weights", kwargs={"weights_path": str(tiny_model)}))
     await bounded(engine.control.resume())
     assert await texts(on_both(engine, LONG)) == undisturbed

@@ -93,6 +93,7 @@ class EngineClient:
         self.calls = 0
         self._stale: EngineStaleError | None = None  # why requests are refused for now
         self._refitting = False  # weights are coming, in several calls
+        self._elsewhere = False  # vLLM reloads weights from where it was last told to
         self._core: Any = None  # the vLLM client of the engine that serves now
         self._last: Any = None  # the latest one
         self._ready = asyncio.Event()  # an engine serves, or none will any more
@@ -122,7 +123,7 @@ class EngineClient:
         for record in self._fed.values():  # what AsyncLLM has not taken went with the engine before
             record.fed = None
         self._fed.clear()
-        self._stale, self._refitting = None, False
+        self._stale, self._refitting, self._elsewhere = None, False, False
         self.journal.aborts_wanted = False
         self._gone = asyncio.Event()
         self._ready.set()
@@ -462,9 +463,9 @@ class EngineClient:
         elif name == "collective_rpc_async":
             method = getattr(args[0], "__name__", str(args[0]))
             if _CHANGES_WEIGHTS.match(method):
-                self._weights_changed(
-                    method, as_launched=method == "reload_weights" and not any((*args[2:], *kwargs.values()))
-                )
+                reloads, given = method == "reload_weights", any((*args[2:], *kwargs.values()))
+                self._weights_changed(method, as_launched=reloads and not (given or self._elsewhere))
+                self._elsewhere |= reloads and given
 
     def _weights_changed(self, method: str, as_launched: bool) -> None:
         self.changed_weights = "" if as_launched else method
