@@ -40,7 +40,7 @@ pytestmark = pytest.mark.engine
 RANKS: dict[str, Any] = {"data_parallel_size": 2, "dtype": "float32", "environment": TWO_RANKS}
 HANG_TIMEOUT = 2.0  # seconds
 BEGUN = 10  # tokens after which a stream is under way
-LONG = 400  # tokens of one that is still under way when something is done to its engine then
+LONG = 250  # tokens of one that is still under way when something is done to its engine then
 ON_BOTH: dict[str, dict[str, Any]] = {
     "on rank 0": {"rank": 0, "max_tokens": LONG},
     "on rank 1": {"rank": 1, "max_tokens": LONG},

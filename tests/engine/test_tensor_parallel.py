@@ -10,7 +10,7 @@ from streams import TWO_RANKS, MakeWatched, Stream, answered_twice, deaths, unti
 
 pytestmark = pytest.mark.engine
 
-BEGUN, LONG = 10, 400  # tokens
+BEGUN, LONG = 10, 200  # tokens
 
 
 async def test_a_worker_of_two_that_is_killed_or_stopped_is_found_and_requests_go_on(make_watched: MakeWatched) -> None:
