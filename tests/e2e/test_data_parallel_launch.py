@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from queue import Queue
 from typing import Any
 
 import httpx
@@ -38,11 +39,16 @@ def status(cluster: Cluster) -> dict[str, Any]:
     return replica
 
 
-def chat(cluster: Cluster, number: int) -> str:
+def chat(cluster: Cluster, number: int, begun: Queue[int] | None = None) -> str:
+    """The text of a chat, whose number is put into ``begun`` when it is under way."""
     chunks = cluster.openai().chat.completions.create(
-        model=UID, messages=[{"role": "user", "content": f"{number}"}], max_tokens=500, temperature=0, stream=True
+        model=UID, messages=[{"role": "user", "content": f"{number}"}], max_tokens=1000, temperature=0, stream=True
     )
-    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    texts = (chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    text = "".join(next(texts) for _ in range(10))
+    if begun is not None:
+        begun.put(number)
+    return text + "".join(texts)
 
 
 def test_requests_to_both_ranks_go_on_when_one_is_killed(parallel: Cluster) -> None:
@@ -53,8 +59,10 @@ def test_requests_to_both_ranks_go_on_when_one_is_killed(parallel: Cluster) -> N
 
     with ThreadPoolExecutor(8) as pool:
         undisturbed = list(pool.map(lambda number: chat(parallel, number), range(8)))
-        asked = [pool.submit(chat, parallel, number) for number in range(8)]
-        wait_until(lambda: status(parallel)["requests"] >= 4, BACK, "requests on both ranks")
+        begun: Queue[int] = Queue()
+        asked = [pool.submit(chat, parallel, number, begun) for number in range(8)]
+        for _ in asked:
+            begun.get(timeout=BACK)
         (victim,) = parallel.engine_processes("EngineCore_DP1")
         victim.kill()
         assert [each.result(BACK) for each in asked] == undisturbed
