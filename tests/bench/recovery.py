@@ -447,8 +447,10 @@ def main(rounds: int, faults: str, chosen: str, requests: int, overhead_rounds: 
         model = make_tiny_model(Path(made) / "tiny")
         if "faults" in parts:
             slow = make_tiny_model(Path(made) / "slow", num_hidden_layers=LAYERS)
-            measure_faults(samples, slow, rounds, names, deployments)
-            click.echo(faults_markdown(samples, names, deployments))
+            try:
+                measure_faults(samples, slow, rounds, names, deployments)
+            finally:  # what was measured before a cluster failed
+                click.echo(faults_markdown(samples, names, deployments))
         if "requests" in parts:
             click.echo(many_requests(model, requests, seed))
         if "overhead" in parts:
