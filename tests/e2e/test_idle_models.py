@@ -41,8 +41,8 @@ def engine(cluster: Cluster, uid: str) -> dict[str, Any]:
     return replica
 
 
-def sleeps(cluster: Cluster, uid: str) -> bool:
-    return bool(engine(cluster, uid).get("state") == "asleep")
+def until_asleep(cluster: Cluster, uid: str) -> None:
+    wait_until(lambda: engine(cluster, uid).get("state") == "asleep", BOUND, f"{uid} to sleep")
 
 
 def wakings(cluster: Cluster, uid: str) -> int:
@@ -65,11 +65,12 @@ def test_an_idle_model_ends_its_engine_and_is_still_there(cluster: Cluster, idle
     processes = [psutil.Process(each["pid"]) for each in before["processes"]]
     of_model = private([before["pid"]])
     assert processes and private([process.pid for process in processes]) > 100
-    wait_until(lambda: sleeps(cluster, idle), BOUND, "the model to sleep")
+    until_asleep(cluster, idle)
     assert engine(cluster, idle)["processes"] == [] and not any(process.is_running() for process in processes)
     assert private([before["pid"]]) < of_model + 20  # nor has the model process taken what they had
     assert [each["id"] for each in cluster.get("/v1/models")["data"]] == [idle]
-    assert idle in cluster.cli("list").stdout
+    listed = cluster.cli("list")
+    assert idle in listed.stdout + listed.stderr
     instances = cluster.get(f"/v1/models/instances?model_name=tiny&model_uid={idle}")
     assert [each["status"] for each in instances] == ["READY"]
 
@@ -78,12 +79,12 @@ def test_an_idle_model_ends_its_engine_and_is_still_there(cluster: Cluster, idle
 def test_a_request_by_any_route_wakes_it(cluster: Cluster, idle: str, name: str) -> None:
     path, body = REQUESTS[name]
     expected = folded(events(cluster, idle, path, body))
-    wait_until(lambda: sleeps(cluster, idle), BOUND, "the model to sleep")
+    until_asleep(cluster, idle)
     assert folded(events(cluster, idle, path, body)) == expected
 
 
 def test_many_requests_wake_it_once(cluster: Cluster, idle: str) -> None:
-    wait_until(lambda: sleeps(cluster, idle), BOUND, "the model to sleep")
+    until_asleep(cluster, idle)
     before = wakings(cluster, idle)
     with ThreadPoolExecutor(16) as pool:
         assert all(pool.map(lambda _: cluster.answers(idle), range(16)))
@@ -93,9 +94,10 @@ def test_many_requests_wake_it_once(cluster: Cluster, idle: str) -> None:
 
 def test_ten_models_are_woken_in_turn_in_the_memory_of_two(cluster: Cluster, idle: str) -> None:
     """Each has engine processes only while it is used; what stays is the model process, a fork of one zygote."""
-    uids = [idle, *(launch(cluster, f"idle-{number}") for number in range(1, MANY))]
+    with ThreadPoolExecutor(3) as pool:
+        uids = [idle, *pool.map(lambda number: launch(cluster, f"idle-{number}"), range(1, MANY))]
     for uid in uids:
-        wait_until(lambda uid=uid: sleeps(cluster, uid), BOUND, f"{uid} to sleep")
+        until_asleep(cluster, uid)
     assert cluster.engine_processes() == []
     awake = 0
     for uid in uids:

@@ -81,7 +81,7 @@ async def begun(engine: EngineSupervisor, undisturbed: list[str]) -> AsyncIterat
     streams = on_both(engine, LONG)
     await asyncio.gather(*(stream.given(BEGUN) for stream in streams))
     yield streams
-    assert engine.control.stage is Stage.SERVING
+    assert stage(engine) is Stage.SERVING
     assert await texts(streams) == undisturbed
     await serves(engine)
 
@@ -89,6 +89,10 @@ async def begun(engine: EngineSupervisor, undisturbed: list[str]) -> AsyncIterat
 async def serves(engine: EngineSupervisor) -> None:
     assert [await stream.end() for stream in on_both(engine, TOKENS)] == [TOKENS, TOKENS]
     assert engine.requests() == 0
+
+
+def stage(engine: EngineSupervisor) -> Stage:
+    return engine.control.stage
 
 
 def identity(rank: int) -> bytes:
@@ -152,7 +156,7 @@ async def test_a_collective_that_reaches_one_rank_after_the_other_meets_both_tho
     assert await call(engine, "is_scheduler_paused", 1) is True  # it has taken what came before this
     assert not first.done()
     await bounded(asyncio.gather(first, call(engine, "barrier", 1)))
-    assert held.tokens == 0 and engine.control.stage is Stage.PAUSED
+    assert held.tokens == 0 and stage(engine) is Stage.PAUSED
     await bounded(engine.control.resume())
     assert await held.end() == TOKENS
 
@@ -192,7 +196,7 @@ async def test_a_pause_that_reaches_a_rank_late_meets_the_other_as_it_steps(
     assert not pausing.done()
     late.let_go.set()
     await bounded(pausing)
-    assert engine.control.stage is Stage.PAUSED
+    assert stage(engine) is Stage.PAUSED
     await bounded(engine.control.resume())
 
 
@@ -205,11 +209,11 @@ async def test_a_pause_that_reaches_a_rank_after_its_deadline_is_rolled_back_on_
     order = next_order(engine, mode="keep", timeout=SHORT)
     await engine.control.prepare(order)
     committing = asyncio.ensure_future(engine.control.commit(order.epoch))
-    await until(lambda: engine.control.stage is Stage.RESUMING)
+    await until(lambda: stage(engine) is Stage.RESUMING)
     late.let_go.set()
     with pytest.raises(ControlError):
         await bounded(committing)
-    await until(lambda: engine.control.stage is Stage.SERVING)
+    await until(lambda: stage(engine) is Stage.SERVING)
     assert engine.restarts == before
 
 
@@ -221,7 +225,7 @@ async def test_an_engine_of_which_a_rank_never_gets_its_pause_is_restarted(
     Held(engine, "pause_scheduler", 1, monkeypatch)
     with pytest.raises(ControlError):
         await bounded(carry_out(engine, mode="keep", timeout=SHORT))
-    await until(lambda: engine.control.stage is Stage.SERVING and engine.restarts == before + 1)
+    await until(lambda: stage(engine) is Stage.SERVING and engine.restarts == before + 1)
 
 
 async def test_two_resumes_at_once_are_one(
@@ -249,7 +253,7 @@ async def test_a_rank_that_dies_or_stops_between_prepare_and_commit_leaves_a_pau
     os.kill(victim(engine, ENGINE_CORE, 1), how)
     await bounded(engine.control.commit(order.epoch))
     await engine.control.confirm(order.epoch)
-    assert engine.control.stage is Stage.PAUSED and engine.restarts == before + 1
+    assert stage(engine) is Stage.PAUSED and engine.restarts == before + 1
     assert [await call(engine, "is_scheduler_paused", rank) for rank in (0, 1)] == [True, True]
     await bounded(engine.control.resume())
 
@@ -262,7 +266,7 @@ async def test_a_rank_that_stops_and_is_not_replaced_by_the_deadline_leaves_a_se
     os.kill(victim(engine, ENGINE_CORE, 1), signal.SIGSTOP)
     with pytest.raises(ControlError):
         await bounded(engine.control.commit(order.epoch))
-    await until(lambda: engine.control.stage is Stage.SERVING)
+    await until(lambda: stage(engine) is Stage.SERVING)
 
 
 async def test_waiting_for_an_endless_request_ends_by_aborting_it_or_by_rolling_back(engine: EngineSupervisor) -> None:
@@ -270,9 +274,9 @@ async def test_waiting_for_an_endless_request_ends_by_aborting_it_or_by_rolling_
     await asyncio.gather(*(stream.given(BEGUN) for stream in endless))
     with pytest.raises(ControlError, match="had not ended"):
         await carry_out(engine, mode="wait", timeout=SHORT, on_timeout="roll_back")
-    assert engine.control.stage is Stage.SERVING and not any(stream.task.done() for stream in endless)
+    assert stage(engine) is Stage.SERVING and not any(stream.task.done() for stream in endless)
     await carry_out(engine, mode="wait", timeout=SHORT, on_timeout="abort")
-    assert engine.control.stage is Stage.PAUSED
+    assert stage(engine) is Stage.PAUSED
     for stream in endless:
         await stream.end()
         assert stream.told[0]["reason"] == "abort"
@@ -291,7 +295,7 @@ async def test_a_sleep_that_is_asked_for_while_the_engine_pauses_is_refused_and_
     late.let_go.set()
     await bounded(pausing)
     await carry_out(engine, action="sleep", mode="keep")
-    assert engine.control.stage is Stage.ASLEEP
+    assert stage(engine) is Stage.ASLEEP
     await bounded(engine.control.resume())
 
 

@@ -36,6 +36,7 @@ COMMON = {"add_request_async", "abort_requests_async", "get_output_async", "reso
     "outputs",
     "request_id",
     "models",
+    "sleep",
     "put",
     "seed",
 }

@@ -202,7 +202,8 @@ class Control:
         self._move(Stage.COMMITTING, f"the {order.action} {epoch} is carried out")
         self._work = work = asyncio.ensure_future(self._carry_out(order))
         await asyncio.wait({work})
-        if work.cancelled():
+        if work.cancelled():  # by the deadline, or by somebody else
+            await self._until_returned()
             raise ControlError(f"{self._engine.name} is {self.stage.value}: {self._reason}.")
         error = work.exception()
         if error is None:

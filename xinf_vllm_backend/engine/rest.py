@@ -207,7 +207,7 @@ class Rest:
         """Whether its processes live on."""
         if sleep.level is not None and not self._engine.current.is_dead():
             try:
-                await self._call(self._engine.llm.sleep(level=sleep.level, mode="keep"))
+                await self._call(core_client.put_to_sleep(self._engine.llm, sleep.level))
                 return True
             except (BackendError, asyncio.TimeoutError) as error:
                 logger.error("The vLLM engine of %s cannot sleep, so it is ended: %r", self.name, error)
@@ -242,9 +242,7 @@ class Rest:
     async def _wake_up(self, sleep: Sleep) -> bool:
         """Wake one that vLLM put to sleep; False if it has to be started again."""
         try:
-            await self._call(self._engine.llm.wake_up())
-            if sleep.level == 2:  # which keeps no weights
-                await self._call(self._engine.llm.collective_rpc("reload_weights"))
+            await self._call(core_client.awaken(self._engine.llm, sleep.level or 0))
             return True
         except (BackendError, asyncio.TimeoutError) as error:
             logger.error("The vLLM engine of %s cannot be woken, so it is started again: %r", self.name, error)
@@ -293,11 +291,11 @@ class Rest:
             EngineRestartingError: no engine served within ``recovery_timeout``.
         """
         if mode == "abort":
-            await core_client.abort(self._engine.llm, [entry.id for entry in self._begun()])
+            await core_client.end_requests(self._engine.llm, [entry.id for entry in self._begun()])
         self._frozen = True
         while self._sleep is None:
             try:
-                await self._engine.llm.pause_generation(mode=mode, clear_cache=clear_cache)
+                await core_client.pause(self._engine.llm, mode, clear_cache)
                 return
             except EngineDiedError:  # the next one is asked
                 continue
@@ -312,13 +310,13 @@ class Rest:
 
     async def _resume(self) -> None:
         try:
-            await self._engine.llm.resume_generation()
+            await core_client.resume(self._engine.llm)
         except Exception as error:
             if not core_client.is_answer(error):
                 raise
             # A rank that waits for others to pause does not resume before they do.
-            await self._engine.llm.pause_generation(mode="keep", clear_cache=False)
-            await self._engine.llm.resume_generation()
+            await core_client.pause(self._engine.llm, "keep", False)
+            await core_client.resume(self._engine.llm)
 
     async def fall_asleep(self, level: int | None) -> None:
         """Sleep until :meth:`wake`, even if it is wanted; return when it does."""

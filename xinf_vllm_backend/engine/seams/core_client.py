@@ -130,7 +130,7 @@ CONTROL = Seam(
 )
 
 
-async def abort(engine: Any, request_ids: list[str]) -> None:
+async def end_requests(engine: Any, request_ids: list[str]) -> None:
     """End requests of ``engine``, an AsyncLLM, with what they have been given.
 
     Args:
@@ -138,6 +138,28 @@ async def abort(engine: Any, request_ids: list[str]) -> None:
     """
     if request_ids:
         await engine.abort(request_ids, internal=True)
+
+
+async def pause(engine: Any, mode: str, clear_cache: bool) -> None:
+    """Return when ``engine``, an AsyncLLM, steps no more."""
+    await engine.pause_generation(mode=mode, clear_cache=clear_cache)
+
+
+async def resume(engine: Any) -> None:
+    """Have ``engine``, an AsyncLLM, step again."""
+    await engine.resume_generation()
+
+
+async def put_to_sleep(engine: Any, level: int) -> None:
+    """Put ``engine``, an AsyncLLM, to sleep, its requests kept."""
+    await engine.sleep(level=level, mode="keep")
+
+
+async def awaken(engine: Any, level: int) -> None:
+    """Wake ``engine``, an AsyncLLM, from a sleep of that level."""
+    await engine.wake_up()
+    if level > 1:  # which keeps no weights
+        await engine.collective_rpc("reload_weights")
 
 
 OUTPUTS_QUEUE = Seam(
