@@ -47,7 +47,7 @@ class Settings(BaseModel):
         "call such as loading a LoRA or weights",
     )
     recovery_timeout: float = Field(
-        120.0, gt=0, description="time in seconds a request waits for an engine that is being restarted"
+        120.0, gt=0, description="time in seconds a request waits for an engine that is being restarted, or is paused"
     )
     max_restarts: int = Field(
         5, ge=0, description="maximum number of in-place restarts in a burst; 0: an engine death ends the model process"

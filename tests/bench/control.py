@@ -22,15 +22,13 @@ from xinf_vllm_backend.demo.cluster import STOCK_ON_CPU, Cluster, wait_until
 from xinf_vllm_backend.demo.tiny_model import make_tiny_model, model_registration
 
 from .faults import are_ready, statuses
-from .launches import BOTH, EXTENSION, OURS, STOCK, say, turn
+from .launches import BOTH, EXTENSION, OURS, STOCK, UNBOUND, say, turn
 from .report import Samples, Table, figure
 
 PARTS = ("pause", "sleep", "ranks")
 BOUND = 300.0  # seconds
 STREAMS = 16
 LOAD_TOKENS = 400
-# vLLM binds the engines of several replicas to the same core, and spins there.
-UNBOUND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 ASLEEP, AWAKE = "asleep", "awake"
 FIRST, PRIVATE, PAUSE, RESUME = "request to first token", "private memory of all its processes", "pause", "resume"
 MIB = 1 << 20

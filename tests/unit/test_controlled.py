@@ -118,15 +118,11 @@ async def test_an_order_that_makes_no_sense_is_refused(model: Model, control: Co
     assert control.calls == []
 
 
-async def test_a_pause_that_was_confirmed_just_before_is_rolled_back_as_well(model: Model, control: Control) -> None:
-    control.state, control.epoch = "paused", 4
-    assert (await model.roll_back_pause(4, "it was taken back"))["control"] == "serving"
-    assert control.calls == [("roll_back", 4, "it was taken back"), ("resume",)]
-
-
-async def test_an_earlier_pause_is_not_rolled_back_with_a_later_one(model: Model, control: Control) -> None:
-    control.state, control.epoch = "paused", 4
-    assert (await model.roll_back_pause(5, "it was taken back"))["control"] == "paused"
+async def test_a_pause_that_is_rolled_back_is_off_the_disk_when_that_is_told(
+    model: Model, control: Control, flushed: list[str]
+) -> None:
+    await model.roll_back_pause(4, "it was taken back")
+    assert control.calls == [("roll_back", 4, "it was taken back")] and len(flushed) == 1
 
 
 async def test_an_engine_of_xinferences_own_cannot_be_paused_and_serves(flushed: list[str]) -> None:

@@ -199,7 +199,6 @@ class TestOutOfTurn:
     async def test_a_roll_back_of_another_order_changes_nothing(self, control: Control) -> None:
         await paused(control, 2)
         await control.roll_back(1, "late")
-        await control.roll_back(2, "late")
         assert at(control) is Stage.PAUSED
 
     async def test_what_the_engine_cannot_do_changes_nothing(self, control: Control, engine: Engine) -> None:
@@ -269,6 +268,20 @@ class TestAgain:
         with pytest.raises(ControlError, match="It died; it is paused again"):
             await control.commit(2)
         assert at(control) is Stage.PAUSED and lets(engine) is Lets.NONE and engine.admission.hold == 5.0
+
+    async def test_what_was_confirmed_is_rolled_back_where_another_engine_failed(
+        self, control: Control, engine: Engine
+    ) -> None:
+        kept: list[Any] = []
+        control.on_change = kept.append
+        await paused(control, 1, mode="keep")
+        await paused(control, 2, action="sleep")
+        await control.roll_back(2, "another failed")
+        assert at(control) is Stage.PAUSED and lets(engine) is Lets.NONE
+        await control.roll_back(2, "another failed")
+        await control.roll_back(1, "that as well")
+        assert at(control) is Stage.SERVING
+        assert [each and each["epoch"] for each in kept] == [1, 2, 1, None]
 
     async def test_a_resume_ends_what_is_under_way(self, control: Control, engine: Engine) -> None:
         engine.stuck = {"freeze"}

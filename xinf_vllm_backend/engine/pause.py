@@ -267,8 +267,12 @@ class Control:
     # -- back
 
     async def roll_back(self, epoch: int, reason: str) -> None:
-        """Be as before the order ``epoch``; no-op if it is not under way."""
-        if epoch == self.epoch and self.stage in _UNDER_WAY:
+        """Be as before the order ``epoch``, also where that was confirmed; no-op if another came since.
+
+        Another engine may have failed after this one was told that all have committed.
+        """
+        is_last = self._order is not None and self._order.epoch == epoch
+        if is_last and self.stage in (*_UNDER_WAY, *_IN_FORCE.values()):
             self._begin_return(reason, self._undo(reason))
         await self._until_returned()
 
@@ -321,12 +325,13 @@ class Control:
         if before is None:
             await self._serve(reason, had_begun or self._before is not None)
             return
-        self._order = before
+        self._order, self._before = before, None
         self._close(before)
         self._engine.admission.lets = Lets.NONE
         if before.action == "pause":
             await self._in_undo_time(self._engine.wake())
         self._move(_IN_FORCE[before.action], reason)
+        self.on_change(before.as_dict())
 
     async def _resume(self, stage: Stage) -> None:
         try:

@@ -14,7 +14,6 @@ from . import replica_log
 logger = logging.getLogger("xinference.vllm_backend")
 
 RESTORE_TIMEOUT = 10.0  # seconds for the event loop to take up a pause of the process before
-IN_FORCE = ("paused", "asleep")
 
 
 class Controlled:
@@ -52,12 +51,9 @@ class Controlled:
         return control.status()
 
     async def roll_back_pause(self, epoch: int, reason: str) -> dict[str, Any]:
-        """See :meth:`.Control.roll_back`; an order that was confirmed just before is undone as well."""
+        """See :meth:`.Control.roll_back`."""
         control = self._control()
         await control.roll_back(epoch, reason)
-        status = control.status()
-        if status["control"] in IN_FORCE and (status["order"] or {}).get("epoch") == epoch:
-            await control.resume()
         await asyncio.to_thread(replica_log.flush)
         return control.status()
 
