@@ -11,6 +11,10 @@ class BackendError(RuntimeError):
     """Something of the vLLM backend failed; the message says what, why and what to do."""
 
 
+class ControlError(BackendError):
+    """A pause, resume, sleep or wake-up could not be carried out; the message says what is so now."""
+
+
 class RequestError(BackendError):
     """A request failed, and it was not the request's fault.
 
@@ -53,6 +57,10 @@ class RequestQuarantinedError(RequestError):
 
 class EngineStaleError(RequestError):
     """The engine was restarted and has not got back the weights that it was given after its launch."""
+
+
+class EnginePausedError(RequestError):
+    """The model is paused or asleep, and the request was not to wait, or waited for too long."""
 
 
 class RequestFailedError(RequestError):

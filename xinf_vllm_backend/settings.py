@@ -47,7 +47,7 @@ class Settings(BaseModel):
         "call such as loading a LoRA or weights",
     )
     recovery_timeout: float = Field(
-        120.0, gt=0, description="time in seconds a request waits for an engine that is being restarted"
+        120.0, gt=0, description="time in seconds a request waits for an engine that is being restarted, or is paused"
     )
     max_restarts: int = Field(
         5, ge=0, description="maximum number of in-place restarts in a burst; 0: an engine death ends the model process"
@@ -58,6 +58,9 @@ class Settings(BaseModel):
     )
     resume_inexact: Literal["continue", "fail"] = Field(
         "continue", description="what happens to a request that cannot continue exactly"
+    )
+    idle_sleep_after: float = Field(
+        0.0, ge=0, description="time in seconds without a request after which an engine sleeps; 0: never"
     )
     engine_start_method: Literal["auto", "spawn", "zygote"] = Field(
         "auto", description="how engine processes are started; auto: zygote"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import click
 
-from . import events, journal, kills, profile, recovery, serving, stalls, startup
+from . import control, events, journal, kills, profile, recovery, serving, stalls, startup
 
 benchmarks = click.Group(
     "bench",
     commands={
+        "control": control.main,
         "events": events.main,
         "journal": journal.main,
         "kills": kills.main,

@@ -166,7 +166,7 @@ class Owner:
         found: dict[str, list[int]] = {"zygote": [pid] if (pid := preload.zygote_pid()) else []}
         if self._supervisor is not None:
             # By the names that vLLM gives its children: a process gets its title only later, when it has imported.
-            names = {child.pid: child.name for child in list(self._supervisor._current._context.children)}
+            names = {child.pid: child.name for child in list(self._supervisor.current._context.children)}
             for process in self._supervisor.processes():
                 name = names.get(process["pid"], "Worker")
                 if name != start.INSPECTION_PROCESS:

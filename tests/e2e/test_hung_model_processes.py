@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import cloudpickle
@@ -142,6 +142,25 @@ def test_a_model_process_whose_event_loop_is_blocked_is_killed_with_its_stacks(c
     assert cluster.answers(uid)
     assert "answered nothing and done no work" in found["last_hang"]["reason"]
     assert " in block_the_loop" in found["last_hang"]["stacks"][0]["text"]
+
+
+def test_a_load_that_takes_longer_than_the_timeout_is_no_hang(cluster: Cluster, uid: str) -> None:
+    before = {process.pid for process in cluster.engine_processes("EngineCore")}
+    with ThreadPoolExecutor(1) as pool:
+        launched = pool.submit(launch, cluster, uid)
+
+        def engines() -> list[psutil.Process]:
+            return [each for each in cluster.engine_processes("EngineCore") if each.pid not in before]
+
+        (engine,) = wait_until(engines, BOUND, "an engine to load")
+        engine.suspend()
+        try:
+            assert not wait([launched], 3 * HANG).done
+        finally:
+            engine.resume()
+        launched.result(BOUND)
+    found = status(cluster, uid)
+    assert (found["deaths"], found["restarts"], found.get("last_hang")) == (0, 0, None)
 
 
 def test_a_model_process_that_works_without_answering_is_left_alone(cluster: Cluster, uid: str) -> None:

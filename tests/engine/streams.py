@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -20,7 +21,11 @@ MakeWatched = Callable[..., Awaitable[EngineSupervisor]]
 
 BOUND = 60.0  # seconds; reached only by what hangs
 TOKENS = 150
-ENGINE_CORE, WORKER = "VLLM::EngineCore", "VLLM::Worker"
+ENGINE_CORE, WORKER, COORDINATOR = "VLLM::EngineCore", "VLLM::Worker", "VLLM::DPCoordinator"
+# A core for each of two ranks: vLLM itself binds data-parallel ranks to the same, and refuses tensor-parallel ones.
+TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1" if (os.cpu_count() or 1) > 1 else "0|0"}
+# Has vLLM run the dense tiny model as one of experts, whose ranks take each step together.
+EXPERTS = {"hf_overrides": {"num_experts": 8}}
 PROMPT = "The keeper of the lighthouse"
 PROMPT_TOKENS = 7
 
@@ -29,12 +34,20 @@ class Stream:
     """One request and what it was given.
 
     Args:
+        rank: of the engine, to be asked; None leaves that to vLLM.
         params: of a ``vllm.SamplingParams``; by default greedy deltas, without an end before 150 tokens.
     """
 
     made = 0
 
-    def __init__(self, supervisor: EngineSupervisor, prompt: Any = PROMPT, lora: Any = None, **params: Any) -> None:
+    def __init__(
+        self,
+        supervisor: EngineSupervisor,
+        prompt: Any = PROMPT,
+        lora: Any = None,
+        rank: int | None = None,
+        **params: Any,
+    ) -> None:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -45,12 +58,12 @@ class Stream:
         self.outputs: list[Any] = []
         self._supervisor = supervisor
         self._prompt = prompt
-        self._lora = lora
+        self._options = {"lora_request": lora, "data_parallel_rank": rank}
         self._more = asyncio.Event()
         self.task = asyncio.ensure_future(self._run())
 
     async def _run(self) -> None:
-        async for output in self._supervisor.generate(self._prompt, self.params, self.id, lora_request=self._lora):
+        async for output in self._supervisor.generate(self._prompt, self.params, self.id, **self._options):
             self.outputs.append(output)
             self._more.set()
 
@@ -147,8 +160,12 @@ class HeldRestart:
         self._let_go.set()
 
 
-def victim(supervisor: EngineSupervisor, title: str) -> int:
-    return next(int(process["pid"]) for process in supervisor.processes() if process["title"].startswith(title))
+def victim(supervisor: EngineSupervisor, title: str, rank: int | None = None) -> int:
+    """The pid of the first process whose title begins with ``title``, of a data-parallel rank if one is given."""
+    assert supervisor._processes is not None
+    ranks = supervisor._processes.ranks()
+    pids = (int(process["pid"]) for process in supervisor.processes() if process["title"].startswith(title))
+    return next(pid for pid in pids if rank is None or ranks[pid] == rank)
 
 
 def state(supervisor: EngineSupervisor) -> State:

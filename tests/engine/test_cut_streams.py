@@ -22,7 +22,7 @@ from streams import BOUND
 
 from xinf_vllm_backend.demo.tiny_model import CHATML, make_tiny_model, model_registration
 from xinf_vllm_backend.engine.replay import Record
-from xinf_vllm_backend.plugin import death_log
+from xinf_vllm_backend.plugin import replica_log
 from xinf_vllm_backend.plugin.push import ids, model_side
 from xinf_vllm_backend.plugin.push.request import Request
 from xinf_vllm_backend.process import link
@@ -225,12 +225,12 @@ def catalog(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Chun
     """Xinference's own families, by name."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("xinference.constants.XINFERENCE_HOME", str(tmp_path_factory.mktemp("home")))
-        patch.setattr(death_log, "_replicas", {})
+        patch.setattr(replica_log, "_replicas", {})
         import xinference.model.llm
 
         directory = Path(xinference.model.llm.__file__).parent / "models"
         yield {record["model_name"]: record for record in xinference.model.llm.load_model_catalog(directory)}
-        assert death_log.flush(BOUND)
+        assert replica_log.flush(BOUND)
 
 
 def combination(record: Chunk) -> tuple[Any, ...]:

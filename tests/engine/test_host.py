@@ -21,7 +21,7 @@ from xinf_vllm_backend.demo.tiny_model import model_registration
 from xinf_vllm_backend.engine.death import Death
 from xinf_vllm_backend.engine.lifecycle import State
 from xinf_vllm_backend.errors import BackendError, BadLaunchArgumentError, BadRequestError, EngineStoppedError
-from xinf_vllm_backend.plugin import death_log, pickling
+from xinf_vllm_backend.plugin import pickling, replica_log
 from xinf_vllm_backend.plugin.cluster_link import DEATHS, RESTARTS
 from xinf_vllm_backend.settings import Settings
 
@@ -37,9 +37,9 @@ def model(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     from xinf_vllm_backend.plugin.vllm.models import HostedVLLMChatModel
 
     family = CustomLLMFamilyV2.parse_obj(model_registration("tiny", tiny_model))
-    monkeypatch.setattr(death_log, "_replicas", {})
+    monkeypatch.setattr(replica_log, "_replicas", {})
     yield HostedVLLMChatModel("tiny-rep0", family, str(tiny_model), {"enforce_eager": True, "max_restarts": 1})
-    assert death_log.flush(BOUND)
+    assert replica_log.flush(BOUND)
 
 
 async def chat(model: Any, tokens: int) -> Any:
@@ -152,8 +152,8 @@ async def test_a_home_on_a_disk_that_hangs_stops_neither_the_loop_nor_the_engine
     unstarted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     goes_on = threading.Event()
-    monkeypatch.setattr(death_log, "_replicas", {})  # as in a model process that has just been made
-    monkeypatch.setattr(death_log, "_read", lambda path: goes_on.wait(BOUND) and death_log.Deaths())
+    monkeypatch.setattr(replica_log, "_replicas", {})  # as in a model process that has just been made
+    monkeypatch.setattr(replica_log, "_read", lambda path: goes_on.wait(BOUND) and replica_log.ReplicaLog())
     unstarted._engine.lifecycle.move(State.RESTARTING, "It was killed", Death("It was killed"))
     asked = asyncio.create_task(unstarted.engine_status())
     try:
@@ -167,13 +167,13 @@ async def test_a_home_on_a_disk_that_hangs_stops_neither_the_loop_nor_the_engine
 async def test_a_home_on_a_full_disk_costs_a_log_line(
     unstarted: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(path: Path, deaths: Any) -> None:
+    def full(path: Path, log: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(death_log, "_write", full)
+    monkeypatch.setattr(replica_log, "_write", full)
     unstarted._engine.lifecycle.move(State.RESTARTING, "It was killed", Death("It was killed"))
     unstarted._engine.lifecycle.move(State.READY, "it was restarted")
-    assert await asyncio.to_thread(death_log.flush, BOUND)
+    assert await asyncio.to_thread(replica_log.flush, BOUND)
     status = await unstarted.engine_status()
     assert (status["state"], status["deaths"]) == ("ready", 1)
     assert "No space left on device" in caplog.text

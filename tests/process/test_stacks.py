@@ -53,8 +53,8 @@ class Engine:
         self.ends: list[Connection] = []
         self._reported: set[int] = set()
 
-    def _heard(self, message: str) -> None:
-        EngineContext.heard(self.context, message)
+    def _heard(self, message: str, child: str = "") -> None:
+        EngineContext.heard(self.context, message, child)
         self._reported.add(int(message.removeprefix(PID_REPORT).split()[0]))
 
     def start(self, target: Callable[..., None], *arguments: Any, ends: int = 1) -> EngineProcess:
@@ -106,6 +106,7 @@ class TestTheStacksOfAProcess:
         assert child.pid in pids
         assert all(" in echo_after_pid" in engine.stack_of(pid).text for pid in pids)
         assert {stack.pid for stack in engine.context.stacks(TIMEOUT)} == pids
+        assert engine.context.families == dict.fromkeys(pids, child.name)
 
     def test_are_told_by_one_that_never_lets_go_of_the_interpreter_lock(self, engine: Engine) -> None:
         process = engine.start(targets.hold_the_interpreter_lock, ends=2)

@@ -300,10 +300,18 @@ class TestALook:
         assert pid == tree.child.pid
         assert used >= least > _seconds_of_cpu(pid)
 
-    def test_says_whether_a_process_is_stopped(self, tree: Tree) -> None:
+    def test_says_which_processes_are_stopped(self, tree: Tree) -> None:
         assert not tree.tree.look("").halted
         targets.stop(tree.child.pid)
-        assert tree.tree.look("").halted
+        assert tree.tree.look("").halted == {tree.child.pid}
+
+    def test_is_split_by_pids(self, tree: Tree) -> None:
+        targets.stop(tree.child.pid)
+        look = tree.tree.look("")
+        assert tree.child.pid is not None
+        one, other = look.of([tree.child.pid]), look.without([tree.child.pid])
+        assert one.halted == one.workers.keys() == {tree.child.pid}
+        assert not other.halted and sorted([*one.workers, *other.workers]) == tree.pids
 
     def test_goes_through_all_processes_of_the_machine_once(self, tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
         walks: list[None] = []
@@ -316,7 +324,7 @@ class TestALook:
     def test_sees_a_stopped_process_as_is_halted_does(self, tree: Tree) -> None:
         targets.stop(tree.child.pid)
         look = tree.tree.look("")
-        assert tree.tree.is_halted() == look.halted
+        assert tree.tree.is_halted() == bool(look.halted)
 
 
 def _seconds_of_cpu(pid: int) -> float:

@@ -421,6 +421,15 @@ class TestWeights:
         await bench.client.collective_rpc_async("reload_weights", None, (), {"weights_path": "elsewhere"})
         assert bench.client.changed_weights == "reload_weights"
 
+    async def test_reloaded_again_are_those_from_elsewhere_until_another_engine_comes(self, bench: Bench) -> None:
+        """vLLM remembers the path."""
+        await bench.client.collective_rpc_async("reload_weights", None, (), {"weights_path": "elsewhere"})
+        await bench.client.collective_rpc_async("reload_weights", None, (), None)
+        assert bench.client.changed_weights == "reload_weights"
+        await bench.restart(resume=False)
+        await bench.client.collective_rpc_async("reload_weights", None, (), None)
+        assert bench.client.changed_weights == ""
+
     async def test_that_are_gone_refuse_requests_until_they_are_back(self, bench: Bench) -> None:
         await bench.client.collective_rpc_async("update_weights", None, ("new",), None)
         await send(bench, "a")

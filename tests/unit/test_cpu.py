@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from xinf_vllm_backend.engine.seams import platform
+from xinf_vllm_backend.errors import BadLaunchArgumentError
 from xinf_vllm_backend.plugin import cpu
 from xinf_vllm_backend.settings import Settings
 
@@ -20,6 +21,7 @@ GIB = 1 << 30
 def host(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A host with 100 GiB free and no variable set."""
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    monkeypatch.delenv(cpu.BINDING, raising=False)
     memory = SimpleNamespace(available=100 * GIB, total=128 * GIB)
     monkeypatch.setattr(cpu.psutil, "virtual_memory", lambda: memory)
     return memory
@@ -48,6 +50,30 @@ class TestKVCacheSize:
 
     def test_the_size_of_the_kv_cache_is_what_our_option_says(self) -> None:
         assert _filled({}, Settings(cpu_kv_cache_gib=1.5))["kv_cache_memory_bytes"] == GIB * 3 // 2
+
+    @pytest.mark.parametrize(
+        "sizes",
+        [
+            {"data_parallel_size": 4},
+            {"tensor_parallel_size": 2, "data_parallel_size": "2"},
+            {"pipeline_parallel_size": 4, "data_parallel_size": None},
+        ],
+    )
+    def test_the_ranks_share_the_kv_cache_of_an_engine(self, sizes: dict[str, Any]) -> None:
+        assert _filled(sizes)["kv_cache_memory_bytes"] == 10 * GIB // 4
+
+    def test_the_ranks_of_several_hosts_share_that_of_each(self) -> None:
+        arguments: dict[str, Any] = {"tensor_parallel_size": 1, "pipeline_parallel_size": 2}
+        cpu.fill_in(arguments, frozenset(), Settings(), workers=2)
+        assert arguments["kv_cache_memory_bytes"] == 10 * GIB
+
+    def test_each_rank_has_what_our_option_says(self) -> None:
+        filled = _filled({"data_parallel_size": 2}, Settings(cpu_kv_cache_gib=1))
+        assert filled["kv_cache_memory_bytes"] == GIB
+
+    def test_a_size_that_is_none_is_refused_by_name(self) -> None:
+        with pytest.raises(BadLaunchArgumentError, match="data_parallel_size='two' cannot be used"):
+            _filled({"data_parallel_size": "two"})
 
     @pytest.mark.parametrize("name", ["kv_cache_memory_bytes", "gpu_memory_utilization"])
     def test_the_size_of_the_kv_cache_is_left_to_the_user_who_gave_one(self, name: str) -> None:
@@ -80,6 +106,56 @@ class TestBlockSize:
 
     def test_the_block_size_is_all_that_is_taken_away(self) -> None:
         assert _filled({"max_model_len": 64}).keys() == {"max_num_seqs", "max_model_len", "kv_cache_memory_bytes"}
+
+
+def _bound(cores: int = 8, nodes: int = 1, **sizes: Any) -> dict[str, str]:
+    return cpu.share_cores(sizes, range(cores), nodes)
+
+
+class TestCores:
+    def test_data_parallel_ranks_get_an_equal_share_each(self) -> None:
+        assert _bound(data_parallel_size=2) == {cpu.BINDING: "0,1,2,3|4,5,6,7"}
+        assert _bound(cores=7, data_parallel_size=3) == {cpu.BINDING: "0,1|2,3|4,5"}
+        assert _bound(nodes=4, data_parallel_size=2), "vLLM would bind both to the first node"
+
+    def test_tensor_parallel_ranks_do_where_there_are_too_few_nodes(self) -> None:
+        assert _bound(cores=2, tensor_parallel_size=2) == {cpu.BINDING: "0|1"}
+        assert _bound(nodes=2, tensor_parallel_size=2) == {}
+
+    def test_one_rank_is_left_to_vllm(self) -> None:
+        assert _bound(cores=1) == _bound(tensor_parallel_size=1, data_parallel_size=None) == {}
+
+    def test_more_ranks_than_cores_are_refused(self) -> None:
+        with pytest.raises(BadLaunchArgumentError, match=r"4 .* ranks need 4 cores, but this process may use 2; ask"):
+            _bound(cores=2, tensor_parallel_size=2, data_parallel_size="2")
+
+    @pytest.mark.parametrize("binding", ["nobind", "0|0|1|1"])
+    def test_ranks_that_the_user_bound_may_share_cores(self, binding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(cpu.BINDING, binding)
+        assert _bound(cores=2, data_parallel_size=4) == {}
+
+    @pytest.mark.parametrize(
+        ("binding", "sizes"),
+        [
+            ("0-3", {"data_parallel_size": 2}),
+            ("0|1|2", {"tensor_parallel_size": 2}),
+            ("0|1|2", {"pipeline_parallel_size": 4}),
+        ],
+    )
+    def test_a_binding_with_another_number_of_ranks_is_refused(
+        self, binding: str, sizes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv(cpu.BINDING, binding)
+        with pytest.raises(BadLaunchArgumentError, match=f"{cpu.BINDING} binds {binding.count('|') + 1} ranks, but"):
+            _bound(**sizes)
+
+    def test_a_binding_that_leaves_it_to_vllm_is_kept(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(cpu.BINDING, "auto")
+        assert _bound(data_parallel_size=2) == {}
+
+    def test_the_cores_are_those_that_this_process_may_use(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cpu.os, "sched_getaffinity", lambda pid: {5, 3})
+        assert cpu.share_cores({"data_parallel_size": 2}) == {cpu.BINDING: "3|5"}
 
 
 @dataclasses.dataclass

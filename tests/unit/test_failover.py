@@ -11,12 +11,14 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from stubs import put_modules
 
 from xinf_vllm_backend.engine import client, replay
 from xinf_vllm_backend.engine.replay import Given
 from xinf_vllm_backend.errors import (
     CannotResumeError,
     EngineDiedError,
+    EnginePausedError,
     EngineRestartingError,
     EngineStoppedError,
     RequestQuarantinedError,
@@ -27,6 +29,7 @@ from xinf_vllm_backend.plugin.push.api_side import Answers, Models, Supervisor
 from xinf_vllm_backend.plugin.push.model_side import pushed
 from xinf_vllm_backend.plugin.push.request import Request
 from xinf_vllm_backend.plugin.push.served import Replica, Served
+from xinf_vllm_backend.plugin.refusals import Refusals
 
 TIMEOUT = 30.0
 LENGTH = 20  # tokens of a stream
@@ -376,6 +379,45 @@ async def test_an_error_of_the_model_is_passed_on(make: Make) -> None:
         await api.ask()
     assert len([process for process in api.cluster.started if process.asked]) == 1
     assert api.is_clear()
+
+
+async def test_a_paused_model_that_refuses_a_request_has_not_died(make: Make) -> None:
+    def before(process: Process, token: int) -> None:
+        error = EnginePausedError("The model m-rep0 is paused; send the request again later.")
+        error.address = "127.0.0.1:1"  # type: ignore[attr-defined]
+        raise error
+
+    api = make(2, before)
+    for streams in (True, False):
+        with pytest.raises(EnginePausedError, match="is paused"):
+            await read(await asyncio.wait_for(api.begin(streams), TIMEOUT))
+    assert all(process.asked.count("push_stream") <= 2 for process in api.cluster.started)
+    assert all(replica.ref is not None for replica in api.served.living()) and api.is_clear()
+
+
+async def test_a_request_to_a_model_that_is_known_to_refuse_it_is_refused_before_its_answer_begins(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class HTTPError(Exception):
+        def __init__(self, status: int, text: str, headers: dict[str, str]) -> None:
+            super().__init__(status, text, headers)
+
+    status: dict[str, Any] = {"control": "paused", "order": {"hold": 0.0}}
+
+    async def control_status(process: Process) -> dict[str, Any]:
+        return status
+
+    put_modules(monkeypatch, {"fastapi": {"HTTPException": HTTPError}})
+    monkeypatch.setattr(Process, "control_status", control_status, raising=False)
+    monkeypatch.setattr(api_side, "refusals", Refusals())
+    api = make(2)
+    sys.modules["xoscar"].wait_for = asyncio.wait_for  # type: ignore[attr-defined]
+    assert await api.ask() == WHOLE
+    api_side.refusals.note("m")
+    with pytest.raises(HTTPError, match="503"):
+        await api.supervisor.get_model("m")
+    status["control"] = "serving"
+    assert await api.ask() == WHOLE
 
 
 async def test_a_link_that_is_cut_is_no_death(make: Make) -> None:

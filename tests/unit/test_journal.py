@@ -53,6 +53,13 @@ class TestAnEntry:
         assert entry.tokens == [] and entry not in journal and entry.further.is_set()
 
 
+def test_batches_are_counted_by_rank(journal: Journal) -> None:
+    opened(journal, "a")
+    for rank in (1, 0, 1):
+        journal.deliver([output("a", 1)], rank)
+    assert journal.outputs == {0: 1, 1: 2}
+
+
 class TestADeath:
     def test_makes_requests_wait_that_were_worked_on(self, journal: Journal, clock: Clock) -> None:
         entries = opened(journal, "a", "b")
@@ -63,7 +70,7 @@ class TestADeath:
         assert [entry.id for entry in journal.waiting()] == ["a", "b", "c"]
         clock.now = 10.0
         journal.open("d", "d", None)
-        assert [entry.id for entry in journal.waiting(longer_than=5.0)] == ["a", "b", "c"]
+        assert [entry.id for entry in journal.waiting(lambda entry: 5.0)] == ["a", "b", "c"]
 
     def test_is_not_held_against_requests_that_waited(self, journal: Journal) -> None:
         entry = journal.open("waits", "waits", None)

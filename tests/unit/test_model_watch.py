@@ -101,7 +101,7 @@ def model() -> Model:
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, Any]]:
     """The deaths that were recorded."""
     deaths: list[tuple[str, str, Any]] = []
-    monkeypatch.setattr(model_watch.death_log, "record_from_outside", lambda *death: deaths.append(death))
+    monkeypatch.setattr(model_watch.replica_log, "record_from_outside", lambda *death: deaths.append(death))
     monkeypatch.setattr(engine_watch.platform, "is_cpu_build", lambda: True)
 
     async def at_once(delay: float) -> None:

@@ -117,7 +117,7 @@ def worker(monkeypatch: pytest.MonkeyPatch, told: list[str]) -> Worker:
     monkeypatch.setattr(model_watch, "watches", model_watch.Watches())
     model_watch.watches._settings[UID] = Settings(max_restarts=2)
     made = Worker()
-    monkeypatch.setattr(relaunch.death_log, "forget", made.forgotten.append)
+    monkeypatch.setattr(relaunch.replica_log, "forget", made.forgotten.append)
     return made
 
 

@@ -21,7 +21,7 @@ import pytest
 
 import xinf_vllm_backend
 from xinf_vllm_backend.engine.client import EngineClient
-from xinf_vllm_backend.engine.seams import SEAMS, Seam, child, core_client, resuming, start, version
+from xinf_vllm_backend.engine.seams import SEAMS, Seam, child, core_client, platform, resuming, start, version
 from xinf_vllm_backend.engine.seams.start import CONTEXT, INSPECTION
 from xinf_vllm_backend.errors import CannotResumeError, UnsupportedVersionError
 from xinf_vllm_backend.plugin import metrics, middleware, model_watch, relaunch, sub_pools
@@ -36,6 +36,7 @@ COMMON = {"add_request_async", "abort_requests_async", "get_output_async", "reso
     "outputs",
     "request_id",
     "models",
+    "sleep",
     "put",
     "seed",
 }
@@ -382,6 +383,52 @@ class TestHeartbeat:
         await asyncio.wait_for(asked_again.wait(), TIMEOUT)
         assert not asked.done()
         asked.cancel()
+
+
+class DataParallelClient:
+    """A client of an engine with two ranks."""
+
+    def __init__(self) -> None:
+        self.core_engines = [rank.to_bytes(2, "little") for rank in (0, 1)]
+        self.asked: list[tuple[str, bytes]] = []
+
+    async def _call_utility_async(self, method: str, *, engine: bytes) -> bool:
+        self.asked.append((method, engine))
+        return False
+
+
+class TestRanks:
+    @pytest.fixture
+    def put_both(self, put: Any) -> None:
+        put("vllm.v1.engine.core_client", AsyncMPClient=DataParallelClient)
+        put("vllm.v1.engine", EngineCoreOutputs=SimpleNamespace(engine_index=0))
+
+    def test_an_engine_of_several_ranks_has_them_by_their_numbers(self, put_both: None) -> None:
+        assert core_client.ranks(DataParallelClient()) == (0, 1)
+
+    def test_an_engine_of_one_rank_or_of_ranks_that_cannot_be_asked_is_one(self, put: Any) -> None:
+        one = SimpleNamespace(core_engines=[b"\0\0"])
+        assert core_client.ranks(one) == core_client.ranks(SimpleNamespace()) == ()
+        put("vllm.v1.engine.core_client", AsyncMPClient=SimpleNamespace())
+        put("vllm.v1.engine", EngineCoreOutputs=SimpleNamespace(engine_index=0))
+        assert core_client.ranks(DataParallelClient()) == ()
+
+    async def test_each_rank_is_asked_for_a_sign_of_life_by_itself(self) -> None:
+        client = DataParallelClient()
+        for rank in (1, 0):
+            await asyncio.wait_for(core_client.ask_sign_of_life(client, rank), TIMEOUT)
+        assert client.asked == [("is_scheduler_paused", b"\1\0"), ("is_scheduler_paused", b"\0\0")]
+
+    @pytest.mark.parametrize(
+        ("process", "rank"),
+        [("EngineCore_DP0", 0), ("EngineCore_DP12", 12), ("EngineCore", None), ("Worker_DP1", None)],
+    )
+    def test_the_rank_of_an_engine_core_is_in_its_name(self, process: str, rank: int | None) -> None:
+        assert platform.rank_of(process) == rank
+
+    def test_outputs_tell_their_rank(self) -> None:
+        assert core_client.rank_of(SimpleNamespace(engine_index=1)) == 1
+        assert core_client.rank_of(SimpleNamespace()) == 0
 
 
 class TestOutputTask:

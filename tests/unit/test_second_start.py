@@ -108,7 +108,7 @@ def test_a_restart_in_place_that_the_fork_may_have_spoiled_is_repeated_within_on
     outcomes = [(object(), False), (EngineStartError("It segfaulted"), True), (client, False)]
     monkeypatch.setattr(Processes, "outcomes", outcomes)
     supervisor.start(SINCE)
-    assert supervisor._start_again().client is client
+    assert supervisor.start_again().client is client
     _, first, second = Processes.starts
     assert first == second
     assert given_up == ["It segfaulted"]

@@ -1,4 +1,4 @@
-"""A tiny random Qwen2 made on the spot, and the Xinference registration for it or for a model of your own."""
+"""Tiny random models made on the spot, and the Xinference registration for one or for a model of your own."""
 
 from __future__ import annotations
 
@@ -63,6 +63,34 @@ def make_tiny_model(directory: Path, *, seed: int = 0, **overrides: Any) -> Path
     _write_configs(directory, config, config)
     _write_weights(directory, _text_weights(config, unlikely, _Random(seed, config["initializer_range"])))
     return directory
+
+
+def make_tiny_moe_model(directory: Path, *, seed: int = 0, **overrides: Any) -> Path:
+    """Write a random Qwen3-MoE of about 3 MB: eight experts in each layer, two for each token.
+
+    On a CPU host vLLM runs it on one rank alone: its CPU build lacks the collectives of experts on several ranks.
+
+    Args:
+        directory: where to write; made if missing.
+        seed: of the weights.
+        overrides: as of :func:`make_tiny_model`.
+
+    Returns:
+        ``directory``, absolute.
+    """
+    experts = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "head_dim": 32,
+        "attention_bias": False,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+    }
+    return make_tiny_model(directory, seed=seed, **{**experts, **overrides})
 
 
 def make_tiny_multimodal_model(directory: Path, *, seed: int = 0) -> Path:
@@ -304,8 +332,8 @@ class _Random:
 
 
 def _text_weights(config: dict[str, Any], unlikely: list[int], random: _Random) -> dict[str, torch.Tensor]:
-    """The weights of the tiny Qwen2, under which the ``unlikely`` tokens never come first."""
-    hidden, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    """The weights of a tiny Qwen2 or Qwen3-MoE, under which the ``unlikely`` tokens never come first."""
+    hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     head = hidden // config["num_attention_heads"]
     heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"], "v": config["num_key_value_heads"]}
     weights = {"model.embed_tokens.weight": random(vocabulary, hidden), "model.norm.weight": _ones(hidden)}
@@ -313,17 +341,37 @@ def _text_weights(config: dict[str, Any], unlikely: list[int], random: _Random) 
         layer = f"model.layers.{index}"
         for name, count in heads.items():
             weights[f"{layer}.self_attn.{name}_proj.weight"] = random(count * head, hidden)
-            weights[f"{layer}.self_attn.{name}_proj.bias"] = random(count * head)
+            if config.get("attention_bias", True):
+                weights[f"{layer}.self_attn.{name}_proj.bias"] = random(count * head)
         weights[f"{layer}.self_attn.o_proj.weight"] = random(hidden, hidden)
-        weights[f"{layer}.mlp.gate_proj.weight"] = random(inner, hidden)
-        weights[f"{layer}.mlp.up_proj.weight"] = random(inner, hidden)
-        weights[f"{layer}.mlp.down_proj.weight"] = random(hidden, inner)
+        weights |= {f"{layer}.mlp.{name}": weight for name, weight in _mlp_weights(config, random).items()}
+        if config["model_type"] == "qwen3_moe":
+            weights |= {f"{layer}.self_attn.{name}_norm.weight": _ones(head) for name in ("q", "k")}
         weights[f"{layer}.input_layernorm.weight"] = _ones(hidden)
         weights[f"{layer}.post_attention_layernorm.weight"] = _ones(hidden)
     if not config["tie_word_embeddings"]:
         weights["lm_head.weight"] = random(vocabulary, hidden)
         weights["lm_head.weight"][unlikely] = 0  # a logit of 0, where the best of the others is far above
     return weights
+
+
+def _mlp_weights(config: dict[str, Any], random: _Random) -> dict[str, torch.Tensor]:
+    """Those of one layer: of an MLP, or of a gate and its experts."""
+    hidden = config["hidden_size"]
+    if config["model_type"] != "qwen3_moe":
+        return _gated_weights("", hidden, config["intermediate_size"], random)
+    weights = {"gate.weight": random(config["num_experts"], hidden)}
+    for expert in range(config["num_experts"]):
+        weights |= _gated_weights(f"experts.{expert}.", hidden, config["moe_intermediate_size"], random)
+    return weights
+
+
+def _gated_weights(prefix: str, hidden: int, inner: int, random: _Random) -> dict[str, torch.Tensor]:
+    return {
+        f"{prefix}gate_proj.weight": random(inner, hidden),
+        f"{prefix}up_proj.weight": random(inner, hidden),
+        f"{prefix}down_proj.weight": random(hidden, inner),
+    }
 
 
 def _audio_weights(config: dict[str, Any], random: _Random) -> dict[str, torch.Tensor]:

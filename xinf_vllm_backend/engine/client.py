@@ -27,6 +27,7 @@ from ..errors import (
 )
 from ..settings import Settings
 from . import quarantine, replay
+from .admission import Admission
 from .death import RequestInFlight
 from .journal import Entry, Journal
 from .replay import Record
@@ -44,6 +45,8 @@ _QUESTION = re.compile(r"^(get_|is_|list_)")
 # Calls by which an engine is told to end its requests, and those after which it serves again.
 _ABORTS = ("pause_scheduler_async", "sleep_async")
 _ABORTS_NO_MORE = ("resume_scheduler_async", "wake_up_async")
+# Calls that an engine answers at once, or never; a heartbeat tells which.
+_AT_ONCE = re.compile(r"^(pause|resume)_scheduler_async$")
 # Calls of Workers that change weights, but for those that only announce it.
 _CHANGES_WEIGHTS = re.compile(r"^(?!get_|is_|init_|check_|save_|list_).*weight")
 
@@ -60,6 +63,8 @@ class EngineClient:
 
     Attributes:
         journal: the requests in flight.
+        admission: which of them are sent.
+        on_wanted: called when a request or call needs the engine while it sleeps; whether it is woken.
         resources: where AsyncLLM looks for whether the engine is dead.
         on_dead: called when the EngineCore behind it turned out to be dead; None while nobody would restart it.
         changed_weights: name of a call by which the weights were changed since the engine's launch; "" for none.
@@ -80,15 +85,20 @@ class EngineClient:
         self._on_inexact = on_inexact
         self._on_refit = on_refit
         self.journal = Journal()
+        self.admission = Admission(name)
+        self.on_wanted: Callable[[], bool] = lambda: False
         self.resources = SimpleNamespace(engine_dead=False)
         self.on_dead: Callable[[], None] | None = None
         self.changed_weights = ""
         self.calls = 0
         self._stale: EngineStaleError | None = None  # why requests are refused for now
         self._refitting = False  # weights are coming, in several calls
+        self._elsewhere = False  # vLLM reloads weights from where it was last told to
         self._core: Any = None  # the vLLM client of the engine that serves now
         self._last: Any = None  # the latest one
         self._ready = asyncio.Event()  # an engine serves, or none will any more
+        self._awake = asyncio.Event()  # it does not sleep
+        self._awake.set()
         self._gone = asyncio.Event()  # the one that served is lost
         self._error: BackendError | None = None  # why none will serve any more
         self._resending = False
@@ -113,7 +123,7 @@ class EngineClient:
         for record in self._fed.values():  # what AsyncLLM has not taken went with the engine before
             record.fed = None
         self._fed.clear()
-        self._stale, self._refitting = None, False
+        self._stale, self._refitting, self._elsewhere = None, False, False
         self.journal.aborts_wanted = False
         self._gone = asyncio.Event()
         self._ready.set()
@@ -135,7 +145,42 @@ class EngineClient:
             self._resending = False
 
     def _unsent(self) -> list[Entry]:
-        return [entry for entry in self.journal.waiting() if entry.replay is None]
+        return [entry for entry in self.journal.waiting() if entry.replay is None and self._is_let(entry)]
+
+    def _is_let(self, entry: Entry) -> bool:
+        return not self.admission.asleep and self.admission.admits(entry)
+
+    async def go_on(self) -> None:
+        """Send what was held, to the engine that is there; the next one is sent it by :meth:`resume`."""
+        if self.admission.asleep and self.journal.waiting():
+            self.on_wanted()
+        for entry in self._unsent():
+            await self._resend(entry)
+
+    # -- an engine that sleeps
+
+    def suspend(self) -> None:
+        """The engine is ended on purpose, and another one comes; nothing that is in flight dies with it."""
+        core, self._core = self._core, None
+        if core is not None:
+            self._ready.clear()
+            self._gone.set()
+            core_client.wake(core)
+        self.journal.suspend()
+
+    def doze(self) -> None:
+        """Send nothing more to the engine until :meth:`rouse`."""
+        self.admission.asleep = True
+        self._awake.clear()
+
+    def rouse(self) -> None:
+        self.admission.asleep = False
+        self._awake.set()
+        self.journal.touch()
+
+    def idle(self) -> float:
+        """Seconds since a request or call last used the engine; 0 while one does."""
+        return 0.0 if self.calls else self.journal.idle()
 
     def lose(self) -> None:
         """The engine died: all that wait for it go on to wait for the next one."""
@@ -149,9 +194,16 @@ class EngineClient:
             self._quarantine(entry)
 
     def fail_waiting(self, longer_than: float, error: Callable[[str], Exception]) -> None:
-        """End all that wait for an engine for ``longer_than`` seconds, or for their patience, with ``error(id)``."""
-        for entry in self.journal.waiting(longer_than):
-            self._end(entry, error(entry.shown_id))
+        """End all that wait for an engine for ``longer_than`` seconds, or for their patience, with ``error(id)``.
+
+        What is held by a pause waits for as long as that lets it, and what is kept by one until it ends.
+        """
+        if self.admission.is_open:
+            for entry in self.journal.waiting(lambda entry: min(longer_than, entry.patience)):
+                self._end(entry, error(entry.shown_id))
+        else:
+            for entry in self.journal.waiting(lambda entry: self.admission.hold if entry.held else float("inf")):
+                self._end(entry, self.admission.overdue())
 
     def go_stale(self, error: EngineStaleError) -> None:
         """End every request with ``error``, now and until the weights that were changed are there again."""
@@ -229,12 +281,15 @@ class EngineClient:
         refused = self._error or self._stale
         if refused is not None:
             raise type(refused)(str(refused))
+        closed = not self.admission.is_open
         entry = self.journal.open(*core_client.identify(request), request)
-        entry.patience = patience.get() or entry.patience
+        entry.patience, entry.held = patience.get() or entry.patience, closed
+        if self.admission.asleep and not closed:
+            self.on_wanted()
         record = replay.current()
         if record is not None and record.given:
             self._replay(entry, record)
-        elif self._core is not None and not self._resending:
+        elif self._core is not None and not self._resending and self._is_let(entry):
             await self._send(entry, request)
 
     # -- requests that another process has begun
@@ -276,7 +331,7 @@ class EngineClient:
             await self._resend(entry)
 
     async def _resend(self, entry: Entry) -> None:
-        if self._core is None or entry not in self.journal:
+        if self._core is None or entry not in self.journal or not self._is_let(entry):
             return
         try:
             request = resuming.continuation(entry.request, entry.tokens, resuming.GRAMMAR.present())
@@ -334,7 +389,8 @@ class EngineClient:
                 if (record := self._fed.pop(id(outputs), None)) is not None:
                     record.was_fed()
                 self._end_unresumable(outputs)
-                if aborted := self.journal.deliver(core_client.delivered(outputs.outputs)):
+                given, rank = core_client.delivered(outputs.outputs), core_client.rank_of(outputs)
+                if aborted := self.journal.deliver(given, rank):
                     core_client.drop(outputs, aborted)
                     self._found_dead(core)  # it is ending, and its requests go on elsewhere
                 return outputs
@@ -364,11 +420,14 @@ class EngineClient:
             EngineRestartingError: no engine served within ``recovery_timeout``.
         """
         asks = bool(_QUESTION.match(name))
+        lasts = not (asks or _AT_ONCE.match(name))
         while True:
+            if name not in (*_ABORTS, *_ABORTS_NO_MORE):
+                await self._until_awake()
             core = await self._engine()
             if name in _ABORTS:
                 self.journal.aborts_wanted = True
-            self.calls += not asks
+            self.calls += lasts
             call = asyncio.ensure_future(getattr(core, name)(*args, **kwargs))
             gone = asyncio.ensure_future(self._gone.wait())
             try:
@@ -380,7 +439,9 @@ class EngineClient:
             except exceptions.engine_dead_errors():
                 self._found_dead(core)
             finally:
-                self.calls -= not asks
+                self.calls -= lasts
+                if not asks:
+                    self.journal.touch()
                 call.cancel()
                 gone.cancel()
             if not asks:
@@ -402,9 +463,9 @@ class EngineClient:
         elif name == "collective_rpc_async":
             method = getattr(args[0], "__name__", str(args[0]))
             if _CHANGES_WEIGHTS.match(method):
-                self._weights_changed(
-                    method, as_launched=method == "reload_weights" and not any((*args[2:], *kwargs.values()))
-                )
+                reloads, given = method == "reload_weights", any((*args[2:], *kwargs.values()))
+                self._weights_changed(method, as_launched=reloads and not (given or self._elsewhere))
+                self._elsewhere |= reloads and given
 
     def _weights_changed(self, method: str, as_launched: bool) -> None:
         self.changed_weights = "" if as_launched else method
@@ -416,14 +477,19 @@ class EngineClient:
             self._stale, self._refitting = None, False
             self._on_refit(method)
 
+    async def _until_awake(self) -> None:
+        """Return when the engine is awake, or sleeps until somebody else wakes it."""
+        if self.admission.asleep and self.on_wanted():
+            await asyncio.wait({asyncio.ensure_future(self._awake.wait())}, timeout=self._settings.recovery_timeout)
+
     async def _engine(self) -> Any:
         timeout = self._settings.recovery_timeout
         try:
             await asyncio.wait_for(self._until_ready(), timeout)
         except asyncio.TimeoutError:
             raise EngineRestartingError(
-                f"The call waited for {timeout:g} s for the vLLM engine of {self._name}, which is being restarted; "
-                "send it again later."
+                f"The call waited for {timeout:g} s for the vLLM engine of {self._name}, which is being restarted or "
+                "asleep; send it again later."
             ) from None
         if self._error is not None:
             raise type(self._error)(str(self._error))

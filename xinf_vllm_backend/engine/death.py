@@ -15,6 +15,7 @@ class Ending(Enum):
     STOPPED = "stopped"  # it was asked to end
     DIED = "died"  # a process ended, or vLLM says that it is dead
     HUNG = "hung"  # it lives and does nothing
+    ASLEEP = "asleep"  # it lives, and is to sleep
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +38,7 @@ class Entry:
             on it yet.
         inexact: why it may not go on as it would have in that process; None where it will.
         patience: seconds that it waits for an engine, where that is less than the others do.
+        held: whether it came while the engine was pausing or paused.
     """
 
     id: str
@@ -52,6 +54,7 @@ class Entry:
     replay: Any = None
     inexact: str | None = None
     patience: float = float("inf")
+    held: bool = False
 
     def sent(self) -> None:
         """An engine works on it from now on."""
@@ -76,15 +79,18 @@ class Journal:
         clock: seconds.
 
     Attributes:
-        outputs: number of batches delivered.
+        outputs: number of batches that each rank of the engine delivered.
         aborts_wanted: whether the engine was told to end its requests, as by a pause.
+        used: seconds, by the clock, when a request or call last began or ended.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._entries: dict[str, Entry] = {}
-        self.outputs = 0
+        self.outputs: Counter[int] = Counter()
         self.aborts_wanted = False
+        self.used = clock()
+        self._closed = asyncio.Event()  # an entry was
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -113,16 +119,17 @@ class Journal:
         entry.streams_input = streams
         return entry
 
-    def deliver(self, outputs: Iterable[tuple[str, list[int], str | None]]) -> set[str]:
+    def deliver(self, outputs: Iterable[tuple[str, list[int], str | None]], rank: int = 0) -> set[str]:
         """Note outputs as delivered, but for those that end a request which nobody asked to abort.
 
         Args:
             outputs: of each its request's id, its new token ids, and the finish reason of a last one.
+            rank: of the engine, by which they were made.
 
         Returns:
             The ids of these; an engine that is told to end says so of all its requests.
         """
-        self.outputs += 1
+        self.outputs[rank] += 1
         aborted = set()
         entries = self._entries
         for request_id, new_tokens, finished in outputs:  # for every token of every request: keep it short
@@ -152,6 +159,23 @@ class Journal:
             entry = self._entries.pop(request_id, None)
             if entry is not None:
                 entry.further.set()
+                self.touch()
+                self._closed.set()
+
+    def touch(self) -> None:
+        """Something began or ended that is a use of the engine."""
+        self.used = self._clock()
+
+    def idle(self) -> float:
+        """Seconds since the last use; 0 while a request is in flight."""
+        return 0.0 if self._entries else self._clock() - self.used
+
+    async def until_closed(self, entries: Iterable[Entry]) -> None:
+        """Return when all ``entries`` are closed."""
+        left = list(entries)
+        while left := [entry for entry in left if entry in self]:
+            self._closed.clear()
+            await self._closed.wait()
 
     def lost(self) -> list[Entry]:
         """The engine died: all that it worked on wait again.
@@ -165,8 +189,21 @@ class Journal:
             entry.lost(self._clock())
         return stuck
 
-    def waiting(self, longer_than: float = 0.0) -> list[Entry]:
-        """Those that wait for an engine, for at least ``longer_than`` seconds, or longer than they have patience."""
+    def suspend(self) -> None:
+        """The engine is ended on purpose: all that it worked on wait for the next one."""
+        for entry in self._entries.values():
+            if entry.since is None:
+                entry.since = self._clock()
+
+    def release(self) -> None:
+        """Those that were held, or kept, wait from now on as for any engine."""
+        for entry in self._entries.values():
+            entry.held = False
+            if entry.since is not None:
+                entry.since = self._clock()
+
+    def waiting(self, bound: Callable[[Entry], float] = lambda entry: 0.0) -> list[Entry]:
+        """Those that wait for an engine, for at least ``bound(entry)`` seconds."""
         now = self._clock()
         waiting = [(entry, now - entry.since) for entry in self._entries.values() if entry.since is not None]
-        return [entry for entry, seconds in waiting if seconds >= min(longer_than, entry.patience)]
+        return [entry for entry, seconds in waiting if seconds >= bound(entry)]

@@ -28,6 +28,8 @@ class State(str, Enum):
     STARTING = "starting"  # its first processes are being started
     READY = "ready"  # it serves
     RESTARTING = "restarting"  # its processes are gone or going, others are coming; requests wait
+    ASLEEP = "asleep"  # it holds no memory of its devices; requests wait
+    WAKING = "waking"  # it is to serve again
     STALE = "stale"  # restarted without the weights it had been given since its launch; it does not serve
     STOPPING = "stopping"  # asked to end
     STOPPED = "stopped"  # ended because it was asked to
@@ -38,8 +40,10 @@ _ENDING = frozenset({State.STOPPING, State.FAILED})
 _NEXT: dict[State, frozenset[State]] = {
     State.NEW: _ENDING | {State.STARTING},
     State.STARTING: _ENDING | {State.READY},
-    State.READY: _ENDING | {State.RESTARTING},
+    State.READY: _ENDING | {State.RESTARTING, State.ASLEEP},
     State.RESTARTING: _ENDING | {State.READY, State.STALE},
+    State.ASLEEP: _ENDING | {State.WAKING},
+    State.WAKING: _ENDING | {State.READY, State.STALE, State.RESTARTING},
     State.STALE: _ENDING | {State.READY, State.RESTARTING},
     State.STOPPING: frozenset({State.STOPPED}),
     State.STOPPED: frozenset(),

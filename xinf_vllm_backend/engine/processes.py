@@ -8,7 +8,7 @@ import multiprocessing.connection
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ..errors import BackendError, EngineStartError, EngineStartTimeoutError, EngineStoppedError
@@ -40,7 +40,7 @@ class EngineProcesses:
 
     Args:
         spec: what the engine is made from.
-        on_loss: called, from several threads, when a descendant was reported to have ended badly.
+        on_loss: called, from several threads, when a process has ended, or was reported to have ended badly.
 
     Attributes:
         client: vLLM's client of EngineCore, once that is ready.
@@ -49,6 +49,7 @@ class EngineProcesses:
 
     def __init__(self, spec: EngineSpec, on_loss: Callable[[], None] = lambda: None) -> None:
         self._spec = spec
+        self._on_loss = on_loss
         self.client: Any = None
         self.may_be_the_fork = False
         self._made: Any = None
@@ -153,6 +154,13 @@ class EngineProcesses:
             self._enter(Phase.CONFIGURATION)
             self._made = make()
         self._tail.clear()  # what was said until now explains no later death
+        threading.Thread(target=self._await_loss, name=f"vllm-engine-ends-{self._spec.name}", daemon=True).start()
+
+    def _await_loss(self) -> None:
+        # vLLM looks at no coordinator, and ends the other ranks before it tells that one has died.
+        if sentinels := [child.sentinel for child in self._serving()]:
+            multiprocessing.connection.wait(sentinels)
+            self._on_loss()
 
     def _mark_for_cleanup(self) -> None:
         """Have all that this engine may leave behind marked and removed with its last process."""
@@ -210,6 +218,11 @@ class EngineProcesses:
         """Whether one of the processes is stopped, and how many seconds of CPU each used so far; reads /proc."""
         return self._context.tree.look(platform.WORKER)
 
+    def ranks(self) -> dict[int, int]:
+        """The data-parallel rank of each process that has one, by pid."""
+        ranks = {pid: platform.rank_of(child) for pid, child in self._context.families.copy().items()}
+        return {pid: rank for pid, rank in ranks.items() if rank is not None}
+
     def processes(self) -> list[dict[str, Any]]:
         """The engine's living processes: pid and title of each, and whether it said that it was forked or spawned."""
         origins = self._context.origins
@@ -242,16 +255,17 @@ class EngineProcesses:
 
     # -- stop
 
-    def end(self, ending: Ending, silent: float = 0.0) -> Death:
+    def end(self, ending: Ending, silent: float = 0.0, who: Sequence[str] = ()) -> Death:
         """End what is left of a dead or hung engine, and say how it died. Blocks for some seconds at most.
 
         Args:
             ending: as the watch saw it.
             silent: seconds for which a hung one gave no sign of life.
+            who: names of its parts that gave none; empty for all of it.
         """
         hung = ending is Ending.HUNG
         stacks = tuple(self._context.stacks(STACKS_TIMEOUT)) if hung else ()
-        how = self._hang(silent) if hung else self._how_it_ended()  # before the rest of it is killed
+        how = self._hang(silent, who) if hung else self._how_it_ended()  # before the rest of it is killed
         try:
             self.stop(lambda: self.client.shutdown(timeout=0), EXIT_TIMEOUT, kill=True)
         except Exception as error:  # the next one is not started before this one is gone
@@ -259,9 +273,10 @@ class EngineProcesses:
         self._context.await_output(EXIT_TIMEOUT)
         return Death(how if hung else self._death(how), hung=hung, stacks=stacks)
 
-    def _hang(self, silent: float) -> str:
+    def _hang(self, silent: float, who: Sequence[str]) -> str:
+        parts = f"its {' and '.join(who)} {'has' if len(who) == 1 else 'have'}" if who else "it has"
         name = self._spec.name
-        return f"The vLLM engine of {name} hangs: for {silent:g} s it has given no sign of life and done no work"
+        return f"The vLLM engine of {name} hangs: for {silent:g} s {parts} given no sign of life and done no work"
 
     def stop(self, shut_down: Callable[[], None] | None = None, timeout: float = 0.0, kill: bool = False) -> None:
         """End the processes in whatever state they are; idempotent. Blocks, so never call it on an event loop.

@@ -23,9 +23,11 @@ from . import arguments, preload, replay
 from .client import EngineClient
 from .death import Death, Ending, RequestInFlight
 from .lifecycle import Lifecycle, State
+from .pause import Control, Stage
 from .phase import Phase
 from .processes import EngineProcesses
 from .recovery import RestartBudget
+from .rest import Rest
 from .seams import core_client, resuming
 from .spec import EngineSpec
 from .watch import Watch
@@ -44,17 +46,21 @@ class EngineSupervisor:
         spec: what the engine is made from; its ``on_phase`` hears of the first start alone.
 
     Attributes:
+        spec: as given.
+        settings: those of ``spec``.
+        client: the AsyncLLM's client of EngineCore.
         lifecycle: its state and how it came there.
         restarts: number of times the engine came back in place.
         failure: why it is no longer restarted, for operators; "" as long as it is.
+        control: pauses it, and puts it to sleep.
     """
 
     def __init__(self, spec: EngineSpec) -> None:
         self.name = spec.name
-        self._spec = spec
-        self._settings = spec.settings
+        self.spec = spec
+        self.settings = spec.settings
         self._engine: Any = None
-        self._client = EngineClient(spec.name, spec.settings, self._fail_request, spec.on_inexact, self._refitted)
+        self.client = EngineClient(spec.name, spec.settings, self._fail_request, spec.on_inexact, self._refitted)
         self._processes: EngineProcesses | None = None
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -62,6 +68,13 @@ class EngineSupervisor:
         self.lifecycle = Lifecycle(spec.name, spec.on_move)
         self.restarts = 0
         self.failure = ""
+        self._rest = Rest(self)
+        self.control = Control(self._rest, spec.settings.recovery_timeout)
+
+    @property
+    def llm(self) -> Any:
+        """The AsyncLLM."""
+        return self._engine
 
     def __getattr__(self, name: str) -> Any:
         engine = self.__dict__.get("_engine")
@@ -84,15 +97,15 @@ class EngineSupervisor:
             EngineStartError: anything else, with the root cause.
         """
         begun = time.monotonic()
-        arguments.check(self._spec.arguments)
+        arguments.check(self.spec.arguments)
         self.lifecycle.move(State.STARTING, "it was launched")
         try:
-            self._engine = self._started(self._spec, self._make_engine, begun if since is None else since)
+            self._engine = self._started(self.spec, self._make_engine, begun if since is None else since)
         except BackendError as error:
             self.lifecycle.move(State.FAILED, str(error))
             raise
         self.lifecycle.move(State.READY, f"it was started in {time.monotonic() - begun:.1f} s")
-        self._spec.on_phase(Phase.READY)
+        self.spec.on_phase(Phase.READY)
 
     def _started(self, spec: EngineSpec, make: Callable[[EngineProcesses], Any], since: float) -> Any:
         """What ``make`` returns; where the fork may be why it failed, it is called again with spawned processes."""
@@ -115,24 +128,39 @@ class EngineSupervisor:
     def _make_engine(self, processes: EngineProcesses) -> Any:
         def stand_in(client: Any) -> EngineClient:
             processes.client = client
-            self._client.attach(client)
-            return self._client
+            self.client.attach(client)
+            return self.client
 
         with core_client.client_replaced_by(stand_in):
-            engine = core_client.make_async_llm(self._spec.arguments)
+            engine = core_client.make_async_llm(self.spec.arguments)
         processes.client = processes.client or core_client.client_of(engine)
         return engine
 
     # -- requests
 
     def generate(self, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-        """AsyncLLM's, noted where the stream is to outlive this process; see :mod:`.replay`."""
+        """AsyncLLM's, noted where the stream is to outlive this process; see :mod:`.replay`.
+
+        Raises:
+            EnginePausedError: it is paused, and requests are not to wait.
+        """
+        self.client.admission.check()
         outputs: AsyncIterator[Any] = self.__getattr__("generate")(prompt, sampling_params, *args, **kwargs)
         record = replay.current()
         if record is None:
             return outputs
-        record.changed_weights = self._client.changed_weights
+        record.changed_weights = self.client.changed_weights
         return record.tap(outputs, sampling_params)
+
+    def encode(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        """AsyncLLM's.
+
+        Raises:
+            EnginePausedError: it is paused, and requests are not to wait.
+        """
+        self.client.admission.check()
+        outputs: AsyncIterator[Any] = self.__getattr__("encode")(*args, **kwargs)
+        return outputs
 
     # -- watch
 
@@ -143,96 +171,108 @@ class EngineSupervisor:
             Why the engine is dead and is no longer restarted; "" if it was stopped.
         """
         self._loop = asyncio.get_running_loop()
-        budget = RestartBudget(self._settings.max_restarts, self._settings.restart_refill)
+        budget = RestartBudget(self.settings.max_restarts, self.settings.restart_refill)
         resend: asyncio.Task[None] | None = None
         try:
-            self._client.on_dead = self._notice_here
+            self.client.on_dead = self.notice
             while self.lifecycle.state in (State.READY, State.STALE):
                 budget.healthy()
                 ending = await self._until_end()
                 if ending is Ending.STOPPED or self.failure:
                     break
-                in_flight = self._client.in_flight()
-                self._client.lose()
+                if ending is Ending.ASLEEP:
+                    await _end(resend)
+                    await self._rest.until_awake(budget)
+                    resend = self._loop.create_task(self.resume())
+                    continue
+                in_flight = self.client.in_flight()
+                self.client.lose()
                 await _end(resend)  # there is nothing to send to
                 await resuming.clear_multimodal_cache(self._engine)
-                await self._bring_back(await self._bury(ending, in_flight), budget)
-                resend = self._loop.create_task(self._resume())
+                await self.bring_back(await self._bury(ending, in_flight), budget)
+                resend = self._loop.create_task(self.resume())
             return self.failure
         except Exception as error:  # nothing else would bring the engine back
             logger.exception("The vLLM engine of %s cannot be watched", self.name)
             self._give_up(f"The vLLM engine of {self.name} can no longer be watched: {error!r}")
             return self.failure
         finally:
-            self._client.on_dead = None
+            self.client.on_dead = None
             if resend is not None:
                 resend.cancel()
+            self._rest.close()
 
     async def _until_end(self) -> Ending:
-        self._watch = Watch(self._current, self._client, self._settings, self._look)
+        self._watch = Watch(self.current, self.client, self.settings, self._look)
         ending = await self._watch.until_end()
-        return Ending.STOPPED if self.lifecycle.state in (State.STOPPING, State.STOPPED) else ending
+        if self.lifecycle.state in (State.STOPPING, State.STOPPED):
+            return Ending.STOPPED
+        if self._rest.restart_wanted:
+            return Ending.HUNG
+        return Ending.ASLEEP if self._rest.is_ordered else ending
 
     def _look(self) -> bool:
         """Look at what is in this process: requests that wait, and AsyncLLM's own task; whether it can go on."""
-        self._client.fail_waiting(self._settings.recovery_timeout, self._waited)
+        self.client.fail_waiting(self.settings.recovery_timeout, self._waited)
         error = core_client.output_task_error(self._engine)
         if error is not None and self.lifecycle.state not in (State.STOPPING, State.STOPPED):
             self._give_up(f"The task that reads the outputs of the vLLM engine of {self.name} ended: {error!r}")
-        return not self.failure
+        self._rest.look(self.control.stage is Stage.SERVING)
+        return not (self.failure or self._rest.restart_wanted or self._rest.is_ordered)
 
     async def _bury(self, ending: Ending, in_flight: tuple[RequestInFlight, ...]) -> Death:
         """End what is left of the engine, and find out how it died."""
-        silent = 0.0 if self._watch is None else self._watch.limit
-        death = await self._meanwhile(asyncio.to_thread(self._current.end, ending, silent))
-        death = replace(death, requests=in_flight)
+        silent, who = (0.0, ()) if self._watch is None else (self._watch.limit, self._watch.silent)
+        death = await self.meanwhile(asyncio.to_thread(self.current.end, ending, silent, who))
+        death = replace(death, requests=in_flight, reason=self._rest.restart_wanted or death.reason)
+        self._rest.restart_wanted = ""
         if death.hung:
             logger.error("%s", death.explained())
         return death
 
-    async def _bring_back(self, death: Death, budget: RestartBudget) -> None:
+    async def bring_back(self, death: Death, budget: RestartBudget) -> None:
         """Start another engine, as often as the budget allows."""
         begun = time.monotonic()
         failures = [death.reason]
         while True:
-            delay = budget.take() if self._client.is_attachable else None
+            delay = budget.take() if self.client.is_attachable else None
             if delay is None:
                 self._give_up(_story(failures), death if len(failures) == 1 else None)
                 return
             self.lifecycle.move(State.RESTARTING, death.reason, death)
-            await self._meanwhile(asyncio.sleep(delay))
+            await self.meanwhile(asyncio.sleep(delay))
             try:
-                processes = await self._meanwhile(asyncio.to_thread(self._start_again))
+                processes = await self.meanwhile(asyncio.to_thread(self.start_again))
             except EngineStoppedError:
                 return
             except BackendError as error:
                 logger.error("%s", error)
                 failures.append(str(error))
             else:
-                self._serve_again(processes, f"it was restarted in {time.monotonic() - begun:.1f} s")
+                self.restarts += 1
+                self.serve_again(processes, f"it was restarted in {time.monotonic() - begun:.1f} s")
                 return
 
-    def _start_again(self) -> EngineProcesses:
-        self._current.stop(kill=True)  # raises if a process of the last engine is left; then none is started
-        spec = replace(self._spec, on_phase=lambda phase: None)
-        client = self._started(spec, lambda _: core_client.make_client(self._spec.arguments), time.monotonic())
-        self._current.client = client
-        return self._current
+    def start_again(self) -> EngineProcesses:
+        self.current.stop(kill=True)  # raises if a process of the last engine is left; then none is started
+        spec = replace(self.spec, on_phase=lambda phase: None)
+        client = self._started(spec, lambda _: core_client.make_client(self.spec.arguments), time.monotonic())
+        self.current.client = client
+        return self.current
 
-    def _serve_again(self, processes: EngineProcesses, how: str) -> None:
-        self.restarts += 1
-        self._client.attach(processes.client)
-        if self._client.changed_weights:
-            self.lifecycle.move(State.STALE, f"{how}, without the weights of {self._client.changed_weights}()")
-            self._client.go_stale(EngineStaleError(self._stale()))
+    def serve_again(self, processes: EngineProcesses, how: str) -> None:
+        self.client.attach(processes.client)
+        if self.client.changed_weights:
+            self.lifecycle.move(State.STALE, f"{how}, without the weights of {self.client.changed_weights}()")
+            self.client.go_stale(EngineStaleError(self._stale()))
         else:
-            count = len(self._client.journal)
+            count = len(self.client.journal)
             self.lifecycle.move(State.READY, f"{how}; {count} request{' goes' if count == 1 else 's go'} on")
 
-    async def _resume(self) -> None:
+    async def resume(self) -> None:
         if self.lifecycle.state is State.READY:
             try:
-                await self._client.resume()
+                await self.client.resume()
             except Exception:  # nobody awaits this task for what it raised
                 logger.exception("Requests of %s could not be sent to its restarted engine", self.name)
 
@@ -242,16 +282,16 @@ class EngineSupervisor:
     def _stale(self) -> str:
         return (
             f"The vLLM engine of {self.name} died and was restarted, but the weights it had been given by "
-            f"{self._client.changed_weights}() are gone; it serves again once it is given them."
+            f"{self.client.changed_weights}() are gone; it serves again once it is given them."
         )
 
-    async def _meanwhile(self, work: Coroutine[Any, Any, T]) -> T:
+    async def meanwhile(self, work: Coroutine[Any, Any, T]) -> T:
         """Wait for ``work``, and tell requests that have waited for too long."""
         task = asyncio.ensure_future(work)
         try:
             while not task.done():
-                await asyncio.wait([task], timeout=self._settings.health_interval)
-                self._client.fail_waiting(self._settings.recovery_timeout, self._waited)
+                await asyncio.wait([task], timeout=self.settings.health_interval)
+                self.client.fail_waiting(self.settings.recovery_timeout, self._waited)
             return task.result()
         finally:
             task.cancel()
@@ -266,9 +306,7 @@ class EngineSupervisor:
         self.failure = why
         self.lifecycle.move(State.FAILED, why, death)
         # For clients, so without the cause, which may quote the engine's output.
-        self._client.close(
-            EngineDiedError(f"The vLLM engine of {self.name} died; its model is started again: {_AGAIN}")
-        )
+        self.client.close(EngineDiedError(f"The vLLM engine of {self.name} died; its model is started again: {_AGAIN}"))
 
     def _fail_request(self, request_id: str, error: Exception) -> None:
         core_client.fail_request(self._engine, request_id, error)
@@ -276,24 +314,24 @@ class EngineSupervisor:
     def _notice(self) -> None:
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(self._notice_here)
+                self._loop.call_soon_threadsafe(self.notice)
 
-    def _notice_here(self) -> None:
+    def notice(self) -> None:
         if self._watch is not None:
             self._watch.notice()
 
     @property
-    def _current(self) -> EngineProcesses:
+    def current(self) -> EngineProcesses:
         assert self._processes is not None, "it was never started"
         return self._processes
 
     def is_dead(self) -> bool:
-        """Whether the engine is dead just now; False while it was never ready."""
-        return self._processes is not None and self._processes.is_dead()
+        """Whether the engine is dead just now; False while it was never ready, or sleeps."""
+        return self._processes is not None and not self._rest.is_ordered and self._processes.is_dead()
 
     def death(self) -> str:
         """How the engine died, in a sentence with the root cause where one is known; blocks for up to a second."""
-        return self.failure or self._current.death()
+        return self.failure or self.current.death()
 
     def processes(self) -> list[dict[str, Any]]:
         """The engine's living processes: pid and title of each."""
@@ -301,7 +339,7 @@ class EngineSupervisor:
 
     def requests(self) -> int:
         """How many requests are in flight, those that wait for a restart included."""
-        return len(self._client.journal)
+        return len(self.client.journal)
 
     # -- stop
 
@@ -318,7 +356,7 @@ class EngineSupervisor:
             self.lifecycle.move(State.STOPPING, "it was asked to")
         if self._loop is not None and not self._loop.is_closed():
             stopped = EngineStoppedError(f"The model {self.name} was stopped while the request ran; send it again.")
-            self._loop.call_soon_threadsafe(self._client.close, stopped)
+            self._loop.call_soon_threadsafe(self.client.close, stopped)
         if self._processes is not None:
             self._processes.stop(None if self._engine is None else self._engine.shutdown, timeout)
         self.lifecycle.move(State.STOPPED, "its processes are gone")

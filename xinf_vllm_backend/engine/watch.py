@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+from ..process.tree import Look
 from ..settings import Settings
 from .client import EngineClient
 from .death import Ending
@@ -21,6 +22,79 @@ def busy_factor(settings: Settings) -> float:
     return settings.busy_factor or (BUSY_FACTOR_CPU if platform.is_cpu_build() else BUSY_FACTOR_GPU)
 
 
+def _clock(settings: Settings) -> HangClock:
+    return HangClock(settings.hang_timeout, busy_factor(settings), settings.health_interval)
+
+
+class RankWatch:
+    """Looks for signs of life of one data-parallel rank, or of a whole engine.
+
+    Args:
+        rank: the one; None for a whole engine.
+        processes: of the engine.
+        client: through which its outputs go.
+        settings: the options of the model.
+
+    Attributes:
+        clock: for how long it has been silent.
+        works: whether it was seen computing at the last look, without any other sign of life.
+    """
+
+    def __init__(self, rank: int | None, processes: EngineProcesses, client: EngineClient, settings: Settings) -> None:
+        self.rank = rank
+        self.clock = _clock(settings)
+        self.works = False
+        self._processes = processes
+        self._client = client
+        self._workload = Workload()
+        self._heartbeat: asyncio.Task[None] | None = None
+        self._delivered = -1
+        self._answered = self._alive = self._halted = False
+
+    def gave_outputs(self) -> bool:
+        """Whether it gave outputs since the last call; no other sign is then looked for."""
+        outputs = self._client.journal.outputs
+        delivered = outputs.total() if self.rank is None else outputs[self.rank]
+        flows, self._delivered = delivered != self._delivered, delivered
+        self._answered = self._heartbeat is not None and self._heartbeat.done()
+        if flows:
+            self.clock.heard()
+            self.works = False
+            if self._answered:
+                self._heartbeat = None
+        return flows
+
+    def look(self, look: Look) -> None:
+        """Note what its processes did, and ask it for another sign of life."""
+        self._halted = bool(look.halted)
+        self._alive = not self._halted and (self._answered or self._need_not_answer())
+        if self._alive:
+            self.clock.heard()
+        self.works = not (self._alive or self._halted) and self._workload.works(look.workers, look.others)
+        if self._heartbeat is None or self._answered:
+            ask = core_client.ask_sign_of_life(self._processes.client, self.rank)
+            self._heartbeat = asyncio.ensure_future(ask)
+
+    def hangs(self, patience: float, others_work: bool) -> bool:
+        """Whether it hangs, as :meth:`look` saw it.
+
+        Args:
+            patience: seconds of silence that make a hang now, where that is more than ``hang_timeout``.
+            others_work: whether it may be idle because it waits for a rank that computes.
+        """
+        works = self.works or (others_work and not self._halted)
+        return not self._alive and self.clock.look(works, patience)
+
+    def cancel(self) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
+
+    def _need_not_answer(self) -> bool:
+        """Whether the engine has nothing to do and cannot be asked for a sign of life."""
+        journal = self._client.journal
+        return not core_client.has_heartbeat(self._processes.client) and (not len(journal) or journal.aborts_wanted)
+
+
 class Watch:
     """Looks at an engine every ``health_interval``, and at once when :meth:`notice` is called.
 
@@ -29,6 +103,9 @@ class Watch:
         client: through which their outputs go.
         settings: the options of the model.
         on_look: called at each look, on the event loop; False ends the watch.
+
+    Attributes:
+        silent: names of the parts of a data-parallel engine that hang; empty where that is all of it.
     """
 
     def __init__(
@@ -38,16 +115,17 @@ class Watch:
         self._client = client
         self._settings = settings
         self._on_look = on_look
-        self._hang = HangClock(settings.hang_timeout, busy_factor(settings), settings.health_interval)
-        self._workload = Workload()
+        ranks = core_client.ranks(processes.client) or (None,)
+        self._ranks = [RankWatch(rank, processes, client, settings) for rank in ranks]
+        self._rest = _clock(settings)  # of what belongs to no rank: the coordinator
+        self._waits_idle = platform.is_cpu_build()
         self._noticed = asyncio.Event()
-        self._heartbeat: asyncio.Task[None] | None = None
-        self._delivered = -1
+        self.silent: tuple[str, ...] = ()
 
     @property
     def limit(self) -> float:
         """Seconds without a sign of life or of work that make a hang."""
-        return self._hang.limit
+        return max(rank.clock.limit for rank in self._ranks)
 
     def notice(self) -> None:
         """Look now: something may have ended. Call it on the event loop."""
@@ -66,36 +144,38 @@ class Watch:
                 await self._next_look()
             return Ending.DIED
         finally:
-            if self._heartbeat is not None:
-                self._heartbeat.cancel()
+            for rank in self._ranks:
+                rank.cancel()
             thread.shutdown(wait=False)
 
     async def _hangs(self, thread: ThreadPoolExecutor) -> bool:
-        flows = self._delivered != self._client.journal.outputs
-        self._delivered = self._client.journal.outputs
-        answered = self._heartbeat is not None and self._heartbeat.done()
-        hung = False
-        if flows:
-            self._hang.heard()
-        else:
-            loop = asyncio.get_running_loop()
-            look = await loop.run_in_executor(thread, self._processes.look)  # reads /proc
-            if (answered or self._need_not_answer()) and not look.halted:
-                self._hang.heard()
-            else:
-                works = not look.halted and self._workload.works(look.workers, look.others)
-                hung = self._hang.look(works, self._patience)
-        if self._heartbeat is None or answered:
-            self._heartbeat = None if flows else self._ask()
-        return hung
+        quiet = [rank for rank in self._ranks if not rank.gave_outputs()]
+        if not quiet:
+            return False
+        look = await asyncio.get_running_loop().run_in_executor(thread, self._processes.look)  # reads /proc
+        ranks = self._processes.ranks() if len(self._ranks) > 1 else {}
+        for rank in quiet:
+            rank.look(look.of(pids) if (pids := [pid for pid in ranks if ranks[pid] == rank.rank]) else look)
+        hung = [rank for rank in quiet if rank.hangs(self._patience, self._may_wait(rank, quiet))]
+        rest_hangs = bool(ranks) and self._rest_hangs(look.without(ranks))
+        self.silent = self._names(rest_hangs) if hung or rest_hangs else ()
+        return bool(hung) or rest_hangs
 
-    def _need_not_answer(self) -> bool:
-        """Whether the engine has nothing to do and cannot be asked for a sign of life."""
-        journal = self._client.journal
-        return not core_client.has_heartbeat(self._processes.client) and (not len(journal) or journal.aborts_wanted)
+    def _names(self, rest_hangs: bool) -> tuple[str, ...]:
+        """What hangs, or is about to."""
+        about = [rank for rank in self._ranks if rank.clock.silent > rank.clock.limit - self._settings.health_interval]
+        ranks = [] if len(about) == len(self._ranks) else [f"rank {rank.rank}" for rank in about]
+        return (*ranks, "coordinator") if rest_hangs else tuple(ranks)
 
-    def _ask(self) -> asyncio.Task[None]:
-        return asyncio.ensure_future(core_client.ask_sign_of_life(self._processes.client))
+    def _may_wait(self, rank: RankWatch, quiet: list[RankWatch]) -> bool:
+        """Whether ``rank`` may wait for another one, in a step that they take together; on GPUs it would spin."""
+        return self._waits_idle and any(other.works for other in quiet if other is not rank)
+
+    def _rest_hangs(self, look: Look) -> bool:
+        if not look.halted:  # nobody can ask it
+            self._rest.heard()
+            return False
+        return self._rest.look(False)
 
     @property
     def _patience(self) -> float:

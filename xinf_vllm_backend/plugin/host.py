@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -27,17 +28,19 @@ from ..errors import BackendError, BadLaunchArgumentError, EngineStartError, Eng
 from ..settings import Settings, variable
 from . import (
     cluster_link,
+    controlled,
     cpu,
-    death_log,
     engine_log,
     launch_arguments,
     metrics,
     model_process,
     pickling,
+    replica_log,
     request_arguments,
 )
 from .cluster_link import ClusterLink
 from .push import ids, model_side
+from .versions import versions
 
 logger = logging.getLogger("xinference.vllm_backend")
 
@@ -45,7 +48,7 @@ START_METHOD = "engine_start_method"
 EXIT_STATUS = 1  # tells Xinference to start the model process again
 
 
-class HostedModel(VLLMModel):
+class HostedModel(controlled.Controlled, VLLMModel):
     """A mixin for Xinference's vLLM classes: they prepare the engine's arguments, and it runs the engine.
 
     An instance is pickled twice before ``load()``, so until then it holds only plain data. Models across several
@@ -63,8 +66,9 @@ class HostedModel(VLLMModel):
         Settings.resolve(self._options)  # a bad one fails here, before anything is made
         self._given = frozenset(arguments)
         super().__init__(model_uid, model_family, model_path, arguments, peft_model)
-        death_log.begin(self.raw_model_uid)
+        replica_log.begin(self.raw_model_uid)
         self._death_recorded = False  # that of the engine which is being restarted
+        self._environment: dict[str, str] = {}  # variables of the engine alone
         self._stop_requested = False
         self._death: asyncio.Task[str] | None = None
         self._link: ClusterLink | None = None
@@ -143,25 +147,31 @@ class HostedModel(VLLMModel):
         """Finish the load, and start the health task on the event loop."""
         with self._readable_errors():
             super().wait_for_load()
-        for death in death_log.read(self.raw_model_uid).last[-1:]:
-            self._announce(f"The model {self.raw_model_uid} serves again, after this: {death['reason']}")
+        how = "is paused again" if self._restore_pause() else "serves again"
+        for death in replica_log.read(self.raw_model_uid).last[-1:]:
+            self._announce(f"The model {self.raw_model_uid} {how}, after this: {death['reason']}")
 
     def _make_supervisor(self, engine_args: Any) -> EngineSupervisor:
         spec = EngineSpec(
             self.raw_model_uid,
             engine_args,
             self._settings,
+            self._environment,
             on_phase=self._show,
             on_line=engine_log.write,
             on_move=self._moved,
             on_inexact=lambda request_id, why: self._count(cluster_link.INEXACT),
         )
-        return EngineSupervisor(spec)
+        supervisor = EngineSupervisor(spec)
+        supervisor.control.on_change = functools.partial(replica_log.record_pause, self.raw_model_uid)
+        return supervisor
 
     def _sanitize_model_config(self, model_config: Any) -> Any:
         config = super()._sanitize_model_config(model_config)
         if platform.is_cpu_build():
-            cpu.fill_in(config, self._given, self._settings)
+            cpu.fill_in(config, self._given, self._settings, self._n_worker)
+            if self._is_ours():
+                self._environment = cpu.share_cores(config)
         elif self._is_ours():
             launch_arguments.share_devices(config, self._given, max(1, self._device_count or 0))
         return config
@@ -214,13 +224,17 @@ class HostedModel(VLLMModel):
         name = self.raw_model_uid
         if move.death is not None:
             self._death_recorded = True
-            death_log.record(name, move.death.reason, move.death.details())
+            replica_log.record(name, move.death.reason, move.death.details())
             self._count(cluster_link.DEATHS)
         if move.state is State.RESTARTING:
             self._announce(f"{move.reason}. It is being restarted in place, and requests wait for it.", error=True)
         elif move.state is State.STALE:
             self._death_recorded = False
             self._announce(f"The vLLM engine of {name} does not serve: {move.reason}.", error=True)
+        elif move.state is State.ASLEEP:
+            self._announce(f"The vLLM engine of {name} sleeps: {move.reason}.")
+        elif move.state is State.READY and move.previous is State.WAKING:
+            self._announce(f"The vLLM engine of {name} is awake: {move.reason}.")
         elif move.state is State.READY and move.previous is not State.STARTING:
             self._death_recorded = False
             self._count(cluster_link.RESTARTS)
@@ -257,10 +271,10 @@ class HostedModel(VLLMModel):
         reason = f"{how}. The model process ends so that Xinference starts the model again."
         logger.error("%s", reason)
         if self._death_recorded:  # it was to be restarted, and could not be
-            death_log.amend(self.raw_model_uid, reason)
+            replica_log.amend(self.raw_model_uid, reason)
         else:
-            death_log.record(self.raw_model_uid, reason)
-        await self._attempt(asyncio.to_thread(death_log.flush))
+            replica_log.record(self.raw_model_uid, reason)
+        await self._attempt(asyncio.to_thread(replica_log.flush))
         if self._link is not None:
             await self._attempt(self._link.announce_death(reason, count=not self._death_recorded))
         # The next engine may not start while this one is alive.
@@ -321,17 +335,19 @@ class HostedModel(VLLMModel):
         """State, processes and past deaths of this replica's engine, as plain data."""
         engine = self._engine
         ours = isinstance(engine, EngineSupervisor)
-        deaths = await asyncio.to_thread(death_log.read, self.raw_model_uid)
+        log = await asyncio.to_thread(replica_log.read, self.raw_model_uid)
         return {
             "replica": self.raw_model_uid,
             **(self._of_ours(engine) if ours else {"state": self._state_of_upstreams(), "processes": []}),
+            **controlled.status_of(engine),
             "pid": os.getpid(),
             "started": model_process.how_started(),
             "python": sys.executable,
             "zygote": preload.zygote_pid(),
             "push": {"off": reason} if (reason := model_side.why_pulled()) is not None else self.push_links.status(),
             "settings": self._settings.model_dump(),
-            **death_log.summary(deaths),
+            "versions": await asyncio.to_thread(versions),
+            **replica_log.summary(log),
         }
 
     def _state_of_upstreams(self) -> str:
@@ -352,11 +368,11 @@ class HostedModel(VLLMModel):
 
     def stop(self) -> None:
         """Stop the engine in any state; idempotent and bounded. Blocks, so never call it on an event loop."""
-        death_log.forget(self.raw_model_uid)
+        replica_log.forget(self.raw_model_uid)
         try:
             super().stop()
         finally:
-            death_log.flush()
+            replica_log.flush()
 
     def _stop_engine(self) -> None:
         self._stop_requested = True

@@ -71,10 +71,7 @@ def share_devices(config: MutableMapping[str, Any], given: Set[str], devices: in
     Raises:
         BadLaunchArgumentError: a size is no whole number of 1 or more, or there are more ranks than devices.
     """
-    others = 1
-    for name in ("pipeline_parallel_size", "data_parallel_size"):
-        config[name] = _size(name, config.get(name) or 1)
-        others *= config[name]
+    others = take_sizes(config, "pipeline_parallel_size", "data_parallel_size")
     name = "tensor_parallel_size"
     config[name] = _size(name, config[name]) if name in given else max(1, devices // others)
     if config[name] * others > devices:
@@ -82,6 +79,20 @@ def share_devices(config: MutableMapping[str, Any], given: Set[str], devices: in
             f"tensor_parallel_size={config[name]} with {others} pipeline and data parallel ranks needs "
             f"{config[name] * others} devices, but the model has {devices}; ask for fewer ranks or more devices."
         )
+
+
+def take_sizes(config: MutableMapping[str, Any], *names: str) -> int:
+    """Make each size that is there a number, 1 where it is None; returns their product.
+
+    Raises:
+        BadLaunchArgumentError: one is no whole number of 1 or more.
+    """
+    product = 1
+    for name in names:
+        if name in config:
+            config[name] = 1 if config[name] is None else _size(name, config[name])
+            product *= config[name]
+    return product
 
 
 def _size(name: str, value: Any) -> int:

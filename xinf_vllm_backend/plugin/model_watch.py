@@ -24,7 +24,7 @@ from ..engine.watch import busy_factor
 from ..errors import BadLaunchArgumentError
 from ..process.stacks import Stack, StackReader
 from ..settings import Settings
-from . import death_log
+from . import replica_log
 from .cluster_link import WorkerLink
 from .sub_pools import is_of_ours
 
@@ -311,7 +311,7 @@ class Watch:
         logger.error("%s\nStacks:%s", reason, shown or " it does not show them.")
         await self._replica.announce(reason)  # this task may be cancelled once the process has ended
         details = {"stacks": list(map(dataclasses.asdict, stacks)), "requests": []}
-        death_log.record_from_outside(self._replica.uid, reason, details)
+        replica_log.record_from_outside(self._replica.uid, reason, details)
         await self._in_thread(self._process.kill)
         return True
 

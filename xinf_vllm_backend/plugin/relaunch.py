@@ -17,7 +17,7 @@ from typing import Any
 from ..engine.recovery import RestartBudget
 from ..engine.seams.seam import Seam
 from ..settings import Settings
-from . import death_log, model_watch
+from . import model_watch, replica_log
 from .cluster_link import GIVEN_UP, WorkerLink
 from .sub_pools import is_of_ours
 
@@ -142,7 +142,7 @@ class Relaunches:
             is_ours = is_ours or model_uid in self._replicas
             await self._delete(model_uid, functools.partial(original, worker, model_uid))
             if is_ours:
-                death_log.forget(model_uid)  # its process may have ended before it did so itself
+                replica_log.forget(model_uid)  # its process may have ended before it did so itself
 
         return terminate_model
 
@@ -230,7 +230,7 @@ class Relaunches:
         logger.error("%s", text)
         self._forget(uid)
         worker._model_uid_to_recover_count.pop(uid, None)  # it is of the next launch
-        death_log.forget(uid)
+        replica_log.forget(uid)
         await WorkerLink(worker, uid).announce(text, error=True)
 
 

@@ -43,8 +43,13 @@ def answer_to(error: Exception) -> tuple[int, str] | None:
     """
     for cls in type(error).__mro__:
         if cls in STATUS:
-            return STATUS[cls], _ACTOR.sub("", str(error))
+            return STATUS[cls], text_of(error)
     return (503, _NOT_FOR_CLIENTS) if isinstance(error, BackendError) else None
+
+
+def text_of(error: BaseException) -> str:
+    """The text of ``error``, without the address that xoscar puts before it."""
+    return _ACTOR.sub("", str(error))
 
 
 def install(app: Any) -> None:

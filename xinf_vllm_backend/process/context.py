@@ -9,6 +9,7 @@ child's imports.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -55,6 +56,7 @@ class EngineContext(SpawnContext):
         children: those that were started.
         tree: these, and all descendants that run :mod:`.bootstrap`, which report themselves.
         origins: how each of these came to be, by pid: "forked" or "spawned".
+        families: name of the child that each of these is, or descends from, by pid.
         lost: a sentence for each descendant that ended with an error, as its parent reported it.
     """
 
@@ -81,6 +83,7 @@ class EngineContext(SpawnContext):
         self.outputs: list[ChildOutput] = []
         self.tree = ProcessTree()
         self.origins: dict[int, str] = {}
+        self.families: dict[int, str] = {}
         self.lost: list[str] = []
         self._stacks = StackReader()
         self._sealed = threading.Event()
@@ -144,10 +147,16 @@ class EngineContext(SpawnContext):
             logger.warning("%s is spawned, not forked from the zygote: %s", name, reason)
             return None
 
-    def heard(self, message: str) -> None:
-        """Handle a report of a descendant."""
+    def heard(self, message: str, child: str = "") -> None:
+        """Handle a report of a descendant.
+
+        Args:
+            child: name of the child that it is, or descends from.
+        """
         if message.startswith(bootstrap.PID_REPORT):
-            self._started(*message.removeprefix(bootstrap.PID_REPORT).split(" ", 3))
+            pid, *rest = message.removeprefix(bootstrap.PID_REPORT).split(" ", 3)
+            self.families[int(pid)] = child
+            self._started(pid, *rest)
         elif message.startswith(EXIT_REPORT):
             self.lost.append(message.removeprefix(EXIT_REPORT))
             self.on_loss()
@@ -203,7 +212,8 @@ class EngineProcess(SpawnProcess):
                 stack.callback(output.close)
                 stack.callback(reports.close)
                 handles = replace(handles, reports=reports)
-                readers = ChildOutput(self.name, read_output, read_reports, context.tail, context.heard)
+                heard = functools.partial(context.heard, child=self.name)
+                readers = ChildOutput(self.name, read_output, read_reports, context.tail, heard)
             # All variables, as this thread sees them: the zygote has others.
             self.setup = ChildSetup({**os.environ, **context.environment}, handles, output)
             try:

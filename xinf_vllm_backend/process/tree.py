@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 
@@ -21,14 +21,25 @@ class Look:
     """What the processes of a tree did when they were looked at.
 
     Attributes:
-        halted: whether one of them is stopped, as by SIGSTOP.
+        halted: pids of those that are stopped, as by SIGSTOP.
         workers: seconds of CPU used so far, by pid, of those with the title that was asked for.
         others: the same, of all others.
     """
 
-    halted: bool
+    halted: frozenset[int]
     workers: dict[int, float]
     others: dict[int, float]
+
+    def of(self, pids: Collection[int]) -> Look:
+        """What those of them did that are among ``pids``."""
+        workers, others = (
+            {pid: seconds for pid, seconds in used.items() if pid in pids} for used in (self.workers, self.others)
+        )
+        return Look(self.halted.intersection(pids), workers, others)
+
+    def without(self, pids: Collection[int]) -> Look:
+        """What the rest of them did."""
+        return self.of((self.halted | self.workers.keys() | self.others.keys()).difference(pids))
 
 
 class ProcessTree:
@@ -55,7 +66,10 @@ class ProcessTree:
 
     def is_halted(self) -> bool:
         """Whether one of them is stopped, as by SIGSTOP."""
-        return any(_status(process) == psutil.STATUS_STOPPED for process in self._known)
+        return bool(self._halted())
+
+    def _halted(self) -> frozenset[int]:
+        return frozenset(process.pid for process in self._known if _status(process) == psutil.STATUS_STOPPED)
 
     def describe(self) -> list[dict[str, int | str]]:
         """Pid and title of each that runs, sorted by pid."""
@@ -77,7 +91,7 @@ class ProcessTree:
             with contextlib.suppress(psutil.NoSuchProcess):
                 used = sum(map(_seconds_of_cpu, (process, *self._helpers(process, children))))
                 (workers if title in _title(process) else others)[process.pid] = used
-        return Look(self.is_halted(), workers, others)
+        return Look(self._halted(), workers, others)
 
     def _helpers(self, process: psutil.Process, children: Mapping[int, list[psutil.Process]]) -> list[psutil.Process]:
         """Its descendants down to those that are recorded, which count for themselves."""

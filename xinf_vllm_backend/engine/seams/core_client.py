@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 RELEASE_TIMEOUT = 2.0  # seconds
 ASK_INTERVAL = 1.0  # seconds between two heartbeats that could not be sent
 _SOCKETS = ("output_socket", "input_socket", "first_req_send_socket", "first_req_rcv_socket", "stats_update_socket")
+_TASKS = ("output_queue_task", "stats_update_task")
 
 
 _wrap_client: ContextVar[Callable[[Any], Any]] = ContextVar("what takes the place of the client of EngineCore")
@@ -120,6 +121,47 @@ def _renew_engine_id(transfer: Any) -> None:
         _renew_engine_id(part)
 
 
+CONTROL = Seam(
+    "vllm.v1.engine.async_llm",
+    "AsyncLLM",
+    "pausing and sleeping",
+    "a pause fails, and its model serves on",
+    members=("pause_generation", "resume_generation", "sleep", "wake_up", "abort"),
+)
+
+
+async def end_requests(engine: Any, request_ids: list[str]) -> None:
+    """End requests of ``engine``, an AsyncLLM, with what they have been given.
+
+    Args:
+        request_ids: internal ids.
+    """
+    if request_ids:
+        await engine.abort(request_ids, internal=True)
+
+
+async def pause(engine: Any, mode: str, clear_cache: bool) -> None:
+    """Return when ``engine``, an AsyncLLM, steps no more."""
+    await engine.pause_generation(mode=mode, clear_cache=clear_cache)
+
+
+async def resume(engine: Any) -> None:
+    """Have ``engine``, an AsyncLLM, step again."""
+    await engine.resume_generation()
+
+
+async def put_to_sleep(engine: Any, level: int) -> None:
+    """Put ``engine``, an AsyncLLM, to sleep, its requests kept."""
+    await engine.sleep(level=level, mode="keep")
+
+
+async def awaken(engine: Any, level: int) -> None:
+    """Wake ``engine``, an AsyncLLM, from a sleep of that level."""
+    await engine.wake_up()
+    if level > 1:  # which keeps no weights
+        await engine.collective_rpc("reload_weights")
+
+
 OUTPUTS_QUEUE = Seam(
     "vllm.v1.engine.core_client",
     "AsyncMPClient.outputs_queue",
@@ -158,20 +200,64 @@ def has_heartbeat(client: Any) -> bool:
     return hasattr(client, "is_scheduler_paused_async")
 
 
-async def ask_sign_of_life(client: Any) -> None:
+async def ask_sign_of_life(client: Any, rank: int | None = None) -> None:
     """Return when EngineCore answers, between two steps; an answer that is an error is a sign of life, too.
 
     Where it cannot be asked this does not return, so cancel it.
+
+    Args:
+        rank: the one to ask, of :func:`ranks`; None asks as vLLM does.
     """
     while True:
         try:
-            await client.is_scheduler_paused_async()
+            if rank is None:
+                await client.is_scheduler_paused_async()
+            else:
+                await client._call_utility_async("is_scheduler_paused", engine=_identity(rank))
             return
         except Exception as error:
-            # vLLM raises what the engine answered as an Exception, and answers that differ as a RuntimeError.
-            if type(error) in (Exception, RuntimeError):
+            if is_answer(error):
                 return
             await asyncio.sleep(ASK_INTERVAL)
+
+
+def is_answer(error: Exception) -> bool:
+    """Whether an engine has answered a call with ``error``, and not this process."""
+    # vLLM raises what the engine answered as an Exception, and answers that differ as a RuntimeError.
+    return type(error) in (Exception, RuntimeError)
+
+
+RANKS = Seam(
+    "vllm.v1.engine.core_client",
+    "MPClient.core_engines",
+    "telling the data-parallel ranks of an engine apart",
+    "a rank that hangs is not found while another gives outputs",
+)
+ASK_RANK = Seam(
+    "vllm.v1.engine.core_client",
+    "AsyncMPClient._call_utility_async",
+    "asking one data-parallel rank for a sign of life",
+    RANKS.without,
+)
+OUTPUT_RANK = Seam("vllm.v1.engine", "EngineCoreOutputs.engine_index", RANKS.used_for, RANKS.without)
+
+
+def ranks(client: Any) -> tuple[int, ...]:
+    """The data-parallel ranks of the engine behind ``client``; empty if it has one, or they cannot be told apart."""
+    identities = getattr(client, "core_engines", ())
+    if len(identities) < 2 or not (ASK_RANK.present() and OUTPUT_RANK.present()):
+        return ()
+    return tuple(int.from_bytes(identity, "little") for identity in identities)
+
+
+def _identity(rank: int) -> bytes:
+    return rank.to_bytes(2, "little")
+
+
+def rank_of(outputs: Any) -> int:
+    """The data-parallel rank that made ``outputs``, an ``EngineCoreOutputs``."""
+    rank: int = getattr(outputs, "engine_index", 0)
+    return rank
 
 
 OUTPUT_TASK = Seam(
@@ -298,8 +384,8 @@ def release(resources: Any) -> None:
     if context is None or context.closed:
         return
     socket_class: Any = importlib.import_module("zmq").Socket
-    task = getattr(resources, "output_queue_task", None)
-    loop = None if task is None else task.get_loop()
+    tasks = [task for name in _TASKS if (task := getattr(resources, name, None)) is not None]
+    loop = tasks[0].get_loop() if tasks else None
     sockets = [getattr(resources, name, None) for name in _SOCKETS]
     closed = threading.Event()
 
@@ -307,7 +393,7 @@ def release(resources: Any) -> None:
         for socket in sockets:
             if socket is not None:
                 (type(socket) if serving else socket_class).close(socket, linger=0)
-        if serving and task is not None:
+        for task in tasks if serving else ():
             task.cancel()
         closed.set()
 

@@ -7,6 +7,7 @@ import ctypes
 import importlib.metadata
 import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ...process import ports
 from .seam import Seam
 
 WORKER = "::Worker"  # in the title of each Worker process, behind VLLM_PROCESS_NAME_PREFIX
+_RANK = re.compile(r"EngineCore_DP(\d+)")  # the name of the EngineCore of a data-parallel rank
 CUDA_COMPATIBILITY = "VLLM_ENABLE_CUDA_COMPATIBILITY"  # makes vLLM extend LD_LIBRARY_PATH when it is imported
 
 
@@ -29,6 +31,12 @@ _WORKER_MODULES = {
     "cpu": ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner"),
     "cuda": ("vllm.v1.worker.gpu_worker", "vllm.v1.worker.gpu_model_runner"),
 }
+
+
+def rank_of(process: str) -> int | None:
+    """The data-parallel rank of the EngineCore that vLLM starts as ``process``; None if it is none."""
+    found = _RANK.fullmatch(process)
+    return None if found is None else int(found[1])
 
 
 REGISTRY = Seam(

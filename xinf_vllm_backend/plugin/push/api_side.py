@@ -18,6 +18,7 @@ from ...engine.seams.seam import Seam
 from ...errors import EngineStoppedError, RequestError
 from ...process.link import LinkLostError
 from .. import push
+from ..refusals import refusals
 from ..rest_errors import RETRY_AFTER, UNAVAILABLE
 from . import NotBegunError
 from .links import ASK, Links
@@ -189,7 +190,7 @@ class Supervisor:
     async def get_model(self, model_uid: str, *args: Any, **kwargs: Any) -> Any:
         served = self._models.get(model_uid)
         if served is not None and not served.is_overdue():
-            return Model(model_uid, (await self._waited(served)).ref, self._models)
+            return await self._admitted(model_uid, (await self._waited(served)).ref)
         known = self._answers.get("get_model", model_uid)
         if known is None or not self._models.links.has(known):  # a link that is lost tells of the process's end
             try:
@@ -199,7 +200,11 @@ class Supervisor:
                 raise
             if self._models.links.has(known) and await self._is_alone(model_uid):
                 self._answers.keep("get_model", model_uid, known)
-        return Model(model_uid, known, self._models)
+        return await self._admitted(model_uid, known)
+
+    async def _admitted(self, model_uid: str, ref: Any) -> Model:
+        await refusals.check(model_uid, ref)
+        return Model(model_uid, ref, self._models)
 
     async def _waited(self, served: Served) -> Replica:
         """A replica that lives."""

@@ -13,7 +13,7 @@ from ...engine import quarantine
 from ...engine.seams.seam import Seam
 from ...errors import EngineRestartingError, EngineStoppedError, RequestError, RequestQuarantinedError
 from ...process.link import LinkLostError
-from .. import cluster_link
+from .. import cluster_link, replicas
 from .links import Links, Peer
 from .request import Request
 
@@ -31,8 +31,6 @@ SHORT = 256  # characters up to which the head of a prompt is of no account
 HEADS = 4096  # heads that are remembered
 UNEVEN = 1.1  # times the load of the least loaded replica, and this request, that one which has seen the head may have
 TRIAL_SHARE = 0.25  # of recovery_timeout for which requests wait for one that is suspected of killing processes
-WORKER_UID, STATUSES_UID = "worker", "status_guard"  # of Xinference's WorkerActor and StatusGuardActor
-SERVES = ("READY", "UPDATING")  # states of a replica in which it does
 
 STATUSES = Seam(
     "xinference.core.status_guard",
@@ -300,7 +298,7 @@ class Served:
 
     async def _find(self) -> None:
         try:
-            statuses = await asyncio.wait_for(self._statuses(), ASK)
+            statuses = await asyncio.wait_for(replicas.statuses(self._supervisor, self.model_uid), ASK)
         except Exception as error:  # it may be starting again; what was known is still asked
             logger.debug("The supervisor does not say which replicas of %s there are: %r", self.model_uid, error)
         else:
@@ -309,18 +307,10 @@ class Served:
         if asking:
             await asyncio.wait(asking, timeout=ASK)
 
-    async def _statuses(self) -> list[Any]:
-        """The ``ReplicaStatus`` of each; the supervisor itself would ask all workers for more."""
-        import xoscar as xo
-
-        guard = await xo.actor_ref(address=(await self._supervisor()).address, uid=STATUSES_UID)
-        found: list[Any] = await guard.get_replica_statuses(self.model_uid)
-        return found
-
     async def _keep(self, statuses: dict[str, Any]) -> None:
         for uid, status in statuses.items():
             replica = self._replicas.setdefault(uid, Replica(uid))
-            replica.worker, replica.serves = status.worker_address, status.status in SERVES
+            replica.worker, replica.serves = status.worker_address, status.status in replicas.SERVES
             if not replica.serves:
                 replica.ref = None
         self._replicas = {uid: replica for uid, replica in self._replicas.items() if uid in statuses}
@@ -344,7 +334,7 @@ class Served:
         import xoscar as xo
 
         try:
-            worker = await asyncio.wait_for(xo.actor_ref(address=replica.worker, uid=WORKER_UID), ASK)
+            worker = await asyncio.wait_for(xo.actor_ref(address=replica.worker, uid=replicas.WORKER_UID), ASK)
             ref = await asyncio.wait_for(worker.get_model(model_uid=replica.uid), ASK)
             if replica.is_gone(ref):
                 raise LinkLostError("its process is ending")

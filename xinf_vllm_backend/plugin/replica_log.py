@@ -1,4 +1,4 @@
-"""How the engines of a replica died, kept on disk because the process that saw a death may end with it.
+"""What outlives the model process of a replica, kept on disk: how its engines died, and a pause that was asked for.
 
 Callers work in memory. One thread reads and writes the files, so a full, read-only or hanging disk costs a log line
 and nothing else. Functions here never raise, and only :func:`read` and :func:`flush` wait.
@@ -29,36 +29,43 @@ MAX_QUEUED = 100  # jobs for the disk: one for each replica, and one for each fl
 
 
 @dataclass(frozen=True)
-class Deaths:
-    """The deaths of a replica since it was launched.
+class ReplicaLog:
+    """What is kept of a replica since it was launched.
 
     Attributes:
-        count: how many there were.
+        count: number of deaths.
         last: the last of them, oldest first; each has ``time`` in seconds since the epoch and ``reason``, and
             ``details`` if more is known.
+        paused: the pause, as the engine's :class:`.pause.Control` wants it back; None while there is none.
     """
 
     count: int = 0
     last: tuple[dict[str, Any], ...] = ()
+    paused: dict[str, Any] | None = None
 
 
 class _Replica:
-    """The deaths of one replica, in memory and in its file."""
+    """The log of one replica, in memory and in its file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.Lock()
         self._count = 0
         self._last: deque[dict[str, Any]] = deque(maxlen=KEPT)
+        self._paused: dict[str, Any] | None = None
+        self._paused_since_begun = False  # what the file says of it does not count any more
         self._changed = False
         self._begun = time.monotonic()
         self._loaded = threading.Event()
 
-    def deaths(self) -> Deaths:
-        """Those known so far; waits for the file until ``DISK_TIMEOUT`` seconds after it was first asked for."""
+    def log(self) -> ReplicaLog:
+        """What is known so far; waits for the file until ``DISK_TIMEOUT`` seconds after it was first asked for."""
         self._loaded.wait(max(0.0, self._begun + DISK_TIMEOUT - time.monotonic()))
         with self._lock:
-            return Deaths(self._count, tuple(self._last))
+            return self._log()
+
+    def _log(self) -> ReplicaLog:
+        return ReplicaLog(self._count, tuple(self._last), self._paused)
 
     def add(self, death: dict[str, Any]) -> None:
         with self._lock:
@@ -72,10 +79,15 @@ class _Replica:
                 self._last[-1] = {**self._last[-1], "reason": reason}
                 self._changed = True
 
+    def set_paused(self, paused: dict[str, Any] | None) -> None:
+        with self._lock:
+            self._paused, self._paused_since_begun = paused, True
+            self._changed = True
+
     def clear(self) -> None:
         with self._lock:
             self._last.clear()
-            self._count = 0
+            self._count, self._paused = 0, None
             self._changed = True
             self._loaded.set()  # what the file says does not count any more
 
@@ -87,16 +99,18 @@ class _Replica:
             self._loaded.set()
         with self._lock:
             changed, self._changed = self._changed, False
-            deaths = Deaths(self._count, tuple(self._last))
+            log = self._log()
         if changed:
             with _logged("written"):
-                _write(self._path, deaths)
+                _write(self._path, log)
 
-    def _merge(self, earlier: Deaths) -> None:
+    def _merge(self, earlier: ReplicaLog) -> None:
         with self._lock:
             if not self._loaded.is_set():  # else it was cleared meanwhile
                 self._count += earlier.count
                 self._last = deque((*earlier.last, *self._last), maxlen=KEPT)
+                if not self._paused_since_begun:
+                    self._paused = earlier.paused
 
 
 class _Disk:
@@ -114,13 +128,13 @@ class _Disk:
             if job in self._queued:  # it will find what is new
                 return
             if self._thread is None or not self._thread.is_alive():  # a fork has no threads
-                self._thread = threading.Thread(target=self._run, name="xinf-vllm-death-log", daemon=True)
+                self._thread = threading.Thread(target=self._run, name="xinf-vllm-replica-log", daemon=True)
                 self._thread.start()
             try:
                 self._jobs.put_nowait(job)
                 self._queued.add(job)
             except queue.Full:
-                logger.warning("The disk hangs: the deaths of vLLM engines are kept in memory alone.")
+                logger.warning("The disk hangs: deaths and pauses of vLLM engines are kept in memory alone.")
 
     def _run(self) -> None:
         while True:
@@ -182,25 +196,37 @@ def amend(replica_uid: str, reason: str) -> None:
     _disk.put(replica)
 
 
-def read(replica_uid: str) -> Deaths:
-    """The deaths of ``replica_uid`` since it was launched.
+def record_pause(replica_uid: str, paused: Mapping[str, Any] | None) -> None:
+    """Keep that ``replica_uid`` is paused, or with None that it is no more.
+
+    Args:
+        replica_uid: of the engine.
+        paused: as JSON can hold it.
+    """
+    replica = _replica(replica_uid)
+    replica.set_paused(None if paused is None else dict(paused))
+    _disk.put(replica)
+
+
+def read(replica_uid: str) -> ReplicaLog:
+    """What is kept of ``replica_uid`` since it was launched.
 
     In a new process it waits for the disk, ``DISK_TIMEOUT`` seconds at most; so never call it on an event loop.
     """
-    return _replica(replica_uid).deaths()
+    return _replica(replica_uid).log()
 
 
-def summary(deaths: Deaths) -> dict[str, Any]:
-    """``deaths`` as ``GET /v1/models/{uid}/engine`` shows them.
+def summary(log: ReplicaLog) -> dict[str, Any]:
+    """The deaths in ``log`` as ``GET /v1/models/{uid}/engine`` shows them.
 
     Returns:
         ``deaths``, their number; ``last_error``, ``{time, reason}`` of the last one; ``last_hang``, ``{time, reason,
         stacks, requests}`` of the last one that has details. Either is None where there is none.
     """
-    hangs = [death for death in deaths.last if "details" in death]
+    hangs = [death for death in log.last if "details" in death]
     return {
-        "deaths": deaths.count,
-        "last_error": _bare(deaths.last[-1]) if deaths.last else None,
+        "deaths": log.count,
+        "last_error": _bare(log.last[-1]) if log.last else None,
         "last_hang": {**_bare(hangs[-1]), **hangs[-1]["details"]} if hangs else None,
     }
 
@@ -210,7 +236,7 @@ def _bare(death: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def forget(replica_uid: str) -> None:
-    """Drop the deaths of a replica that is stopped on purpose."""
+    """Drop the log of a replica that is stopped on purpose."""
     replica = _replica(replica_uid)
     replica.clear()
     _disk.put(replica)
@@ -231,8 +257,8 @@ def flush(timeout: float = DISK_TIMEOUT) -> bool:
 def _logged(what: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # an engine must not fail for want of a record of its deaths
-        logger.warning("The deaths of a vLLM engine could not be %s: %r", what, error)
+    except Exception as error:  # an engine must not fail for want of its log
+        logger.warning("The log of a replica could not be %s: %r", what, error)
 
 
 def _replica(uid: str) -> _Replica:
@@ -246,25 +272,25 @@ def _replica(uid: str) -> _Replica:
 def _path(uid: str) -> Path:
     from xinference.constants import XINFERENCE_HOME
 
-    return Path(XINFERENCE_HOME, "vllm_backend", "deaths", quote(uid, safe="") + ".json")
+    return Path(XINFERENCE_HOME, "vllm_backend", "replicas", quote(uid, safe="") + ".json")
 
 
-def _read(path: Path) -> Deaths:
+def _read(path: Path) -> ReplicaLog:
     try:
         found = json.loads(path.read_text())
-        return Deaths(int(found["count"]), tuple(found["last"])[-KEPT:])
+        return ReplicaLog(int(found["count"]), tuple(found["last"])[-KEPT:], found.get("paused"))
     except FileNotFoundError:
-        return Deaths()
+        return ReplicaLog()
 
 
-def _write(path: Path, deaths: Deaths) -> None:
-    if not deaths.count:
+def _write(path: Path, log: ReplicaLog) -> None:
+    if log == ReplicaLog():
         path.unlink(missing_ok=True)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")  # never half a file, of a process killed while it wrote
     try:
-        temporary.write_text(json.dumps({"count": deaths.count, "last": deaths.last}))
+        temporary.write_text(json.dumps(vars(log)))
         temporary.replace(path)
     except OSError:
         with contextlib.suppress(OSError):
