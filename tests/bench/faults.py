@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import click
+import httpx
 import psutil
 
 from xinf_vllm_backend.demo.cluster import Cluster, title, wait_until
@@ -28,6 +29,7 @@ from .launches import ended
 PATIENCE = 120.0  # seconds for one request, and for all that is waited for
 LEAST, MEAN = 3.0, 12.0  # seconds between two faults
 FEW = 3  # answers between two faults
+HELD = 3.0  # seconds for which a model is paused, or sleeps
 AWAY = 20.0  # seconds until a worker that failed is started again
 MARK = re.compile(r"xvllm[0-9a-f]{8}")  # of an engine, in the names of all that it makes
 RETURN = 300.0  # seconds until it has to be there
@@ -137,6 +139,40 @@ class HostFailure:
         """It is back, or the run is over."""
 
 
+class Order:
+    """All replicas are paused or put to sleep for a while, and resumed; what is asked meanwhile waits.
+
+    Args:
+        action: "pause" or "sleep".
+        mode: of the requests in flight.
+    """
+
+    is_quiet = False
+
+    def __init__(self, action: str, mode: str) -> None:
+        self._action = action
+        self._mode = mode
+
+    def victims(self, cluster: Cluster) -> list[str]:
+        return ["tiny"]
+
+    def do(self, cluster: Cluster, victim: str) -> None:
+        self._order(cluster, victim, self._action, mode=self._mode)
+        time.sleep(HELD)
+
+    def recover(self, cluster: Cluster, victim: str, before: int) -> None:
+        self._order(cluster, victim, "resume")
+
+    def give_up(self, victim: str) -> None:
+        """The next fault may find it paused."""
+
+    def _order(self, cluster: Cluster, victim: str, action: str, **given: str) -> None:
+        url = f"{cluster.endpoint}/v1/models/{victim}/{action}"
+        answer = httpx.post(url, json=given, trust_env=False, timeout=PATIENCE)
+        if answer.is_error:
+            raise RuntimeError(f"{action}: {answer.status_code} {answer.text}")
+
+
 MODEL_PROCESS, MODEL_PROCESS_STOPPED = "SIGKILL model process", "SIGSTOP model process"
 WORKER, LINK = "SIGKILL xinference-worker", "cut push link"
 FAULTS: dict[str, Fault] = {
@@ -154,6 +190,9 @@ FAULTS: dict[str, Fault] = {
     MODEL_PROCESS_STOPPED: Signal("model process", signal.SIGSTOP),
     LINK: Cut(),
     WORKER: HostFailure(),
+    "pause": Order("pause", "keep"),
+    "sleep": Order("sleep", "wait"),
+    "sleep, requests frozen": Order("sleep", "keep"),
 }
 
 

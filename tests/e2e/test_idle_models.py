@@ -92,6 +92,16 @@ def test_many_requests_wake_it_once(cluster: Cluster, idle: str) -> None:
     assert engine(cluster, idle)["restarts"] == 0 and engine(cluster, idle)["deaths"] == 0
 
 
+def test_what_slept_is_counted_and_did_not_die(cluster: Cluster, idle: str) -> None:
+    until_asleep(cluster, idle)
+
+    def counted(name: str) -> int:
+        return cluster.counted(f"vllm_engine_{name}", idle)
+
+    wait_until(lambda: counted("sleeps") == counted("wakings") + 1 > 1, BOUND, "one sleep more than it was woken from")
+    assert (counted("deaths"), counted("restarts")) == (0, 0)
+
+
 def test_ten_models_are_woken_in_turn_in_the_memory_of_two(cluster: Cluster, idle: str) -> None:
     """Each has engine processes only while it is used; what stays is the model process, a fork of one zygote."""
     with ThreadPoolExecutor(3) as pool:

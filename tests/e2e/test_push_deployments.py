@@ -327,12 +327,45 @@ def test_a_stream_goes_on_when_its_process_dies_while_the_supervisor_is_relaunch
     becomes(apart, ONE, [(1, 0)])
 
 
-def test_streams_of_a_worker_that_is_killed_go_on_at_the_other(apart: Cluster, undisturbed: str) -> None:
-    launch(apart, FILLER, 1, worker_ip=OTHER)  # as many models on each worker: the next has a replica on each
+@pytest.fixture(scope="module")
+def spread(apart: Cluster) -> str:
+    """A model with a replica on each worker."""
+    launch(apart, FILLER, 1, worker_ip=OTHER)  # as many models on each: the next has a replica there too
     launch(apart, SPREAD, 2)
     there = {process.pid for process in apart.worker_processes(1)}
     assert len(there & {replica["pid"] for replica in replicas(apart, SPREAD)}) == 1
-    streams = begun(apart, SPREAD, 2 * LIMIT)
+    return SPREAD
+
+
+def test_a_worker_that_stops_between_prepare_and_commit_leaves_no_replica_paused(
+    apart: Cluster, spread: str, undisturbed: str
+) -> None:
+    def controls() -> list[Any]:
+        return [replica.get("control") for replica in replicas(apart, spread)]
+
+    streams = begun(apart, spread, 2 * LIMIT)
+    order = f"{apart.endpoint}/v1/models/{spread}/pause?mode=wait&timeout=8"
+    with ThreadPoolExecutor(1) as pool:
+        pausing = pool.submit(httpx.post, order, timeout=BOUND, trust_env=False)
+        wait_until(lambda: controls() == ["committing"] * 2, BOUND, "both replicas to have prepared")
+        stopped = apart.worker_processes(1)
+        for process in stopped:
+            process.suspend()
+        try:
+            told = pausing.result(BOUND)
+            assert told.status_code == httpx.codes.CONFLICT, told.text
+            now = sorted(replica["control"] for replica in told.json()["replicas"])
+            assert (told.json()["state"], now) == ("mixed", ["serving", "unknown"]), told.text
+            assert "it goes back when it answers again" in told.json()["detail"]
+        finally:
+            for process in stopped:
+                process.resume()
+    wait_until(lambda: controls() == ["serving"] * 2, BOUND, "both replicas to serve")
+    assert [stream.text for stream in ended(streams)] == [undisturbed] * len(streams)
+
+
+def test_streams_of_a_worker_that_is_killed_go_on_at_the_other(apart: Cluster, spread: str, undisturbed: str) -> None:
+    streams = begun(apart, spread, 2 * LIMIT)
     apart.kill_worker(1)
     assert [stream.text for stream in ended(streams)] == [undisturbed] * len(streams)
-    assert [stream.text for stream in ended(begun(apart, SPREAD, LIMIT))] == [undisturbed] * LIMIT
+    assert [stream.text for stream in ended(begun(apart, spread, LIMIT))] == [undisturbed] * LIMIT

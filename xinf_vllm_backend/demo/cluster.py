@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -263,6 +264,13 @@ class Cluster:
     def log_text(self) -> str:
         """All that the services and their children wrote so far."""
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+
+    def counted(self, name: str, model: str) -> int:
+        """The counter ``xinference:NAME_total`` of the replicas of ``model``, by the worker's exporter."""
+        address = re.findall(r"Metrics server is started at: (http://[\d.:]+)", self.log_text())[-1]
+        shown = httpx.get(f"{address}/metrics", trust_env=False).text
+        line = rf'^xinference:{name}_total\{{.*model_uid="{model}".*\}} (\d+)'
+        return sum(map(int, re.findall(line, shown, re.MULTILINE)))
 
     def processes(self) -> list[psutil.Process]:
         """Every live process of this cluster, orphans included, by pid."""

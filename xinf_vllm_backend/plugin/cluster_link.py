@@ -16,11 +16,14 @@ logger = logging.getLogger("xinference.vllm_backend")
 GIVEN_UP = "was given up: "  # in the event of a replica that is launched no more: the API looks for it
 TELL_TIMEOUT = 2.0  # seconds; a message may not hold up a load or a recovery
 DEATHS, RESTARTS, INEXACT = "xinf_vllm_engine_deaths", "xinf_vllm_engine_restarts", "xinf_vllm_requests_inexact"
+SLEEPS, WAKINGS = "xinf_vllm_engine_sleeps", "xinf_vllm_engine_wakings"
 # By name, what each counts; the exporter shows NAME as xinference:NAME_total, without the "xinf_".
 METRICS = {
     DEATHS: "vLLM engines that died or hung while they served.",
     RESTARTS: "vLLM engines that came back in place.",
     INEXACT: "Requests that went on after the death of their engine, but not exactly as they would have.",
+    SLEEPS: "vLLM engines that went to sleep, by themselves or by an order; none of them died.",
+    WAKINGS: "vLLM engines that were woken.",
 }
 # Xinference's own stages end at 0.82; the phases share the rest. Where each one begins:
 PHASE_PROGRESS = {

@@ -232,8 +232,10 @@ class HostedModel(controlled.Controlled, VLLMModel):
             self._death_recorded = False
             self._announce(f"The vLLM engine of {name} does not serve: {move.reason}.", error=True)
         elif move.state is State.ASLEEP:
+            self._count(cluster_link.SLEEPS)
             self._announce(f"The vLLM engine of {name} sleeps: {move.reason}.")
         elif move.state is State.READY and move.previous is State.WAKING:
+            self._count(cluster_link.WAKINGS)
             self._announce(f"The vLLM engine of {name} is awake: {move.reason}.")
         elif move.state is State.READY and move.previous is not State.STARTING:
             self._death_recorded = False
