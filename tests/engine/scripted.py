@@ -143,10 +143,10 @@ class ScriptedSupervisor(EngineSupervisor):
         from vllm.engine.arg_utils import AsyncEngineArgs
 
         arguments = AsyncEngineArgs(model=str(model), enforce_eager=True, disable_log_stats=True)
-        super().__init__(EngineSpec("scripted", arguments, Settings.resolve({})))
-        self.core = ScriptedCore(cached)
         self.inexact: list[str] = []
-        self._client._on_inexact = lambda request_id, why: self.inexact.append(why)
+        settings, on_inexact = Settings.resolve({}), lambda _, why: self.inexact.append(why)
+        super().__init__(EngineSpec("scripted", arguments, settings, on_inexact=on_inexact))
+        self.core = ScriptedCore(cached)
         with pytest.MonkeyPatch.context() as patch:
             maker = "vllm.v1.engine.core_client.EngineCoreClient.make_async_mp_client"
             patch.setattr(maker, staticmethod(lambda **_: self.core))
