@@ -57,7 +57,7 @@ ARGUMENTS = {
         r"max_num_batched_tokens \(16\) is smaller than max_model_len",
     ),
     "kv-cache-too-large": (("--cpu_kv_cache_gib", "100000"), r"memory"),
-    "too-many-ranks": (("--tensor_parallel_size", "4"), r"tensor_parallel_size=4|NUMA nodes"),
+    "too-many-ranks": (("--tensor_parallel_size", "4096"), r"parallel ranks need 4096 cores"),
     "weight-cache": (("--enable_weight_cache", "true"), r"enable_weight_cache is not supported"),
     "xoscar-executor": (("--xinference_vllm_executor_backend", "xoscar"), r"'xoscar' .* not supported"),
     "bad-option": (("--load_timeout", "soon"), r"load_timeout='soon' cannot be used: .*number"),

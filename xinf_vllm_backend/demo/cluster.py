@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import socket
@@ -33,6 +34,7 @@ T = TypeVar("T")
 # Without these stock Xinference does not get vLLM to start on a CPU host.
 STOCK_ON_CPU = ("--tensor_parallel_size", "1", "--block_size", "128")
 # Every process of the cluster inherits it, so that it is found also after its parent died.
+PORTS = range(20000, 32000)  # of servers; below those that connections get
 _MARK = "XINF_VLLM_CLUSTER"
 _WORKER = "XINF_VLLM_CLUSTER_WORKER"  # the same for every process of one worker
 _POLL = 0.1
@@ -410,9 +412,12 @@ def _program(name: str) -> str:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports of the loopback that nobody listens on now; all are held until the last is found, so they differ."""
-    with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    """Ports of the loopback that nobody listens on now, nor can have by chance before a server does."""
+    free: list[int] = []
+    for port in random.sample(PORTS, len(PORTS)):
+        with socket.socket() as tried, contextlib.suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            free.append(port)
+        if len(free) == count:
+            return free
+    raise RuntimeError(f"there are no {count} free ports from {PORTS[0]} to {PORTS[-1]}; end what listens there.")
