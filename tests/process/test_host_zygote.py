@@ -344,3 +344,17 @@ def test_a_process_that_adopts_orphans_anyway_goes_on_doing_so() -> None:
         assert prctl._is_adopting()
     finally:
         prctl._prctl(prctl._CHILD_SUBREAPER, 0)
+
+
+def test_what_is_adopted_by_the_way_is_reaped_when_it_ends() -> None:
+    """As what is left of another model process, which dies while this one is forked."""
+    with subprocess.Popen(["sh", "-c", "sleep 600 & echo $!; wait"], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        orphan = psutil.Process(int(parent.stdout.readline()))
+        becomes(lambda: time.clock_gettime(time.CLOCK_BOOTTIME) > prctl._started(orphan.pid) + 2 * prctl._TICK)
+        with prctl.adopting_orphans():
+            parent.kill()
+            parent.wait(TIMEOUT)
+            assert becomes(lambda: orphan.ppid() == os.getpid())
+    orphan.kill()
+    assert becomes(lambda: not psutil.pid_exists(orphan.pid))
