@@ -19,20 +19,25 @@ import psutil
 import pytest
 
 from xinf_vllm_backend.demo.cluster import Cluster, wait_until
+from xinf_vllm_backend.demo.tiny_model import make_tiny_model, model_registration
 
 pytestmark = pytest.mark.e2e
 
 BOUND = 120.0  # seconds; reached only by what hangs
 UID = "paused"
 STREAMS = 4
-TOKENS = 1900
+# The engine of such a model takes seconds for these, when all else is idle: orders come while streams are under way.
+LAYERS, TOKENS = 96, 400
+SHORT = 40  # tokens of those that are to end by themselves
 
 
 @pytest.fixture(scope="module")
-def launched(cluster: Cluster) -> Iterator[Cluster]:
+def launched(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    slow = make_tiny_model(tmp_path_factory.mktemp("models") / "slow", num_hidden_layers=LAYERS)
+    cluster.register(model_registration("slow", slow))
     # A process that is stopped is not to be killed before the test has seen what that does.
     arguments = ("--replica", "2", "--enforce_eager", "true", "--hang_timeout", "120", "--cpu_kv_cache_gib", "0.25")
-    launch = cluster.launch("tiny", "--model-uid", UID, *arguments)
+    launch = cluster.launch("slow", "--model-uid", UID, "--dtype", "float32", *arguments)
     assert launch.returncode == 0, launch.stderr
     yield cluster
     cluster.cli("terminate", "--model-uid", UID)
@@ -143,7 +148,7 @@ def test_abort_ends_requests_with_what_they_have(serving: Cluster, pool: ThreadP
 
 
 def test_wait_lets_requests_end(serving: Cluster, pool: ThreadPoolExecutor) -> None:
-    expected, under_way = undisturbed(serving, 300), streams(serving, pool, 300)
+    expected, under_way = undisturbed(serving, SHORT), streams(serving, pool, SHORT)
     assert done(order(serving, "pause", mode="wait"))["state"] == "paused"
     for stream in under_way:
         assert (stream.whole(), stream.finish) == (expected, "length")

@@ -327,6 +327,17 @@ def test_a_stream_goes_on_when_its_process_dies_while_the_supervisor_is_relaunch
     becomes(apart, ONE, [(1, 0)])
 
 
+@contextlib.contextmanager
+def stopped(processes: Sequence[psutil.Process]) -> Iterator[None]:
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.resume()
+
+
 @pytest.fixture(scope="module")
 def spread(apart: Cluster) -> str:
     """A model with a replica on each worker."""
@@ -344,22 +355,17 @@ def test_a_worker_that_stops_between_prepare_and_commit_leaves_no_replica_paused
         return [replica.get("control") for replica in replicas(apart, spread)]
 
     streams = begun(apart, spread, 2 * LIMIT)
+    engines = [psutil.Process(each["pid"]) for replica in replicas(apart, spread) for each in replica["processes"]]
     order = f"{apart.endpoint}/v1/models/{spread}/pause?mode=wait&timeout=8"
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, stopped(engines):  # or the streams might end meanwhile
         pausing = pool.submit(httpx.post, order, timeout=BOUND, trust_env=False)
         wait_until(lambda: controls() == ["committing"] * 2, BOUND, "both replicas to have prepared")
-        stopped = apart.worker_processes(1)
-        for process in stopped:
-            process.suspend()
-        try:
+        with stopped(apart.worker_processes(1)):
             told = pausing.result(BOUND)
             assert told.status_code == httpx.codes.CONFLICT, told.text
             now = sorted(replica["control"] for replica in told.json()["replicas"])
             assert (told.json()["state"], now) == ("mixed", ["serving", "unknown"]), told.text
             assert "it goes back when it answers again" in told.json()["detail"]
-        finally:
-            for process in stopped:
-                process.resume()
     wait_until(lambda: controls() == ["serving"] * 2, BOUND, "both replicas to serve")
     assert [stream.text for stream in ended(streams)] == [undisturbed] * len(streams)
 
