@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from . import control, events, journal, kills, profile, recovery, serving, stalls, startup
+from . import control, events, journal, kills, partition, profile, recovery, serving, stalls, startup
 
 benchmarks = click.Group(
     "bench",
@@ -13,6 +13,7 @@ benchmarks = click.Group(
         "events": events.main,
         "journal": journal.main,
         "kills": kills.main,
+        "partition": partition.main,
         "profile": profile.main,
         "recovery": recovery.main,
         "serving": serving.main,

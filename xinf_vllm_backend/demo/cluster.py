@@ -66,6 +66,8 @@ class Cluster:
         supervisor_worker: start ``xinference-supervisor`` and ``xinference-worker`` in place of ``xinference-local``.
         worker_hosts: address of each ``xinference-worker``; its number is its place here.
         worker_env: further environment variables of the workers alone.
+        worker_prefixes: of each worker, what its command is run by, such as ``nsenter``.
+        host: address of all but the workers.
         virtual_env: give every model a virtual environment of its own, Xinference's default; off saves time.
         env: further environment variables of the cluster and of its command line.
         directory: the home and the log go there and stay; by default into a temporary directory.
@@ -83,6 +85,8 @@ class Cluster:
         supervisor_worker: bool = False,
         worker_hosts: Sequence[str] = ("127.0.0.1",),
         worker_env: Mapping[str, str] | None = None,
+        worker_prefixes: Sequence[Sequence[str]] = (),
+        host: str = "127.0.0.1",
         virtual_env: bool = False,
         env: Mapping[str, str] | None = None,
         directory: Path | None = None,
@@ -91,16 +95,19 @@ class Cluster:
         self._mark = uuid.uuid4().hex
         self._supervisor_worker = supervisor_worker
         self._worker_env = worker_env or {}
+        self._worker_prefixes = worker_prefixes
+        self._host = host
         self._start_timeout = start_timeout
         self._keep = directory is not None
         self.directory = Path(directory or tempfile.mkdtemp(prefix="xinf-vllm-")).resolve()
         self.log_path = self.directory / "cluster.log"
         self._port, self._supervisor_port, *ports = _free_ports(2 + len(worker_hosts))
         self.workers = [f"{host}:{port}" for host, port in zip(worker_hosts, ports, strict=True)]
-        self.endpoint = f"http://127.0.0.1:{self._port}"
+        self.endpoint = f"http://{host}:{self._port}"
         self._services: list[subprocess.Popen[bytes]] = []
         self._worker_services: dict[int, subprocess.Popen[bytes]] = {}
         self._guards: dict[int, subprocess.Popen[bytes]] = {}  # by the pid of the service
+        no_proxy = ",".join({"127.0.0.1", "localhost", host, *worker_hosts})
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("XINFERENCE_")},
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
@@ -109,8 +116,8 @@ class Cluster:
             "XINFERENCE_AUTH_ADVANCED": "0",  # else every call wants the credentials of an admin account
             **OFFLINE,
             "VLLM_CACHE_ROOT": str(self._make_vllm_cache()),
-            "NO_PROXY": "127.0.0.1,localhost",
-            "no_proxy": "127.0.0.1,localhost",
+            "NO_PROXY": no_proxy,
+            "no_proxy": no_proxy,
             "PYTHONUNBUFFERED": "1",
             # setproctitle would write the title over the environment that the mark is read from.
             "SPT_NOENV": "1",
@@ -136,7 +143,7 @@ class Cluster:
 
     def start(self) -> None:
         """Start the services, without waiting for them."""
-        host = ("--host", "127.0.0.1")
+        host = ("--host", self._host)
         if not self._supervisor_worker:
             self._serve("xinference-local", *host, "--port", str(self._port))
             return
@@ -152,7 +159,8 @@ class Cluster:
         host, _, port = self.workers[number].rpartition(":")
         arguments = ("--host", host, "--metrics-exporter-host", host, "--worker-port", port)
         env = {**self._worker_env, _WORKER: f"{self._mark}/{number}"}
-        service = self._serve("xinference-worker", *arguments, "--endpoint", self.endpoint, env=env)
+        prefix = self._worker_prefixes[number] if self._worker_prefixes else ()
+        service = self._serve("xinference-worker", *arguments, "--endpoint", self.endpoint, env=env, prefix=prefix)
         self._worker_services[number] = service
 
     def kill_worker(self, number: int) -> None:
@@ -340,10 +348,12 @@ class Cluster:
             (cache / "modelinfos").symlink_to(known, target_is_directory=True)
         return cache
 
-    def _serve(self, program: str, *args: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    def _serve(
+        self, program: str, *args: str, env: Mapping[str, str] | None = None, prefix: Sequence[str] = ()
+    ) -> subprocess.Popen[bytes]:
         with self.log_path.open("ab") as log:
             service = subprocess.Popen(
-                [_program(program), *args],
+                [*prefix, _program(program), *args],
                 env={**self.environment, **(env or {})},
                 cwd=self.directory,
                 stdin=subprocess.DEVNULL,
