@@ -368,6 +368,7 @@ def test_a_worker_that_stops_between_prepare_and_commit_leaves_no_replica_paused
             assert "it goes back when it answers again" in told.json()["detail"]
     wait_until(lambda: controls() == ["serving"] * 2, BOUND, "both replicas to serve")
     assert [stream.text for stream in ended(streams)] == [undisturbed] * len(streams)
+    becomes(apart, spread, [(1, 0), (1, 0)])
 
 
 def test_streams_of_a_worker_that_is_killed_go_on_at_the_other(apart: Cluster, spread: str, undisturbed: str) -> None:
