@@ -351,22 +351,24 @@ def spread(apart: Cluster) -> str:
 def test_a_worker_that_stops_between_prepare_and_commit_leaves_no_replica_paused(
     apart: Cluster, spread: str, undisturbed: str
 ) -> None:
-    def controls() -> list[Any]:
-        return [replica.get("control") for replica in replicas(apart, spread)]
+    def controls(worker: list[psutil.Process]) -> set[str]:
+        pids = {process.pid for process in worker}
+        return {replica["control"] for replica in replicas(apart, spread) if replica.get("pid") in pids}
 
     streams = begun(apart, spread, 2 * LIMIT)
-    engines = [psutil.Process(each["pid"]) for replica in replicas(apart, spread) for each in replica["processes"]]
+    far = apart.worker_processes(1)
+    engine = [process for process in far if process in apart.engine_processes()]
     order = f"{apart.endpoint}/v1/models/{spread}/pause?mode=wait&timeout=8"
-    with ThreadPoolExecutor(1) as pool, stopped(engines):  # or the streams might end meanwhile
+    with ThreadPoolExecutor(1) as pool, stopped(engine):  # or its streams might end meanwhile
         pausing = pool.submit(httpx.post, order, timeout=BOUND, trust_env=False)
-        wait_until(lambda: controls() == ["committing"] * 2, BOUND, "both replicas to have prepared")
-        with stopped(apart.worker_processes(1)):
+        wait_until(lambda: controls(far) == {"committing"}, BOUND, "both replicas to have prepared")
+        with stopped(far):
             told = pausing.result(BOUND)
             assert told.status_code == httpx.codes.CONFLICT, told.text
             now = sorted(replica["control"] for replica in told.json()["replicas"])
             assert (told.json()["state"], now) == ("mixed", ["serving", "unknown"]), told.text
             assert "it goes back when it answers again" in told.json()["detail"]
-    wait_until(lambda: controls() == ["serving"] * 2, BOUND, "both replicas to serve")
+    wait_until(lambda: controls(apart.processes()) == {"serving"}, BOUND, "both replicas to serve")
     assert [stream.text for stream in ended(streams)] == [undisturbed] * len(streams)
     becomes(apart, spread, [(1, 0), (1, 0)])
 
