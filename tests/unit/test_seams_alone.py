@@ -24,7 +24,7 @@ from xinf_vllm_backend.engine.client import EngineClient
 from xinf_vllm_backend.engine.seams import SEAMS, Seam, child, core_client, platform, resuming, start, version
 from xinf_vllm_backend.engine.seams.start import CONTEXT, INSPECTION
 from xinf_vllm_backend.errors import CannotResumeError, UnsupportedVersionError
-from xinf_vllm_backend.plugin import metrics, middleware, model_watch, relaunch, sub_pools
+from xinf_vllm_backend.plugin import metrics, middleware, model_cache, model_watch, relaunch, sub_pools
 from xinf_vllm_backend.plugin.push import api_side, ids, model_side, served
 from xinf_vllm_backend.process.context import EngineContext
 from xinf_vllm_backend.settings import Settings
@@ -164,7 +164,18 @@ class TestSeam:
 
     def test_each_seam_has_its_row_in_the_documentation(self) -> None:
         page = (Path(xinf_vllm_backend.__file__).parents[1] / "docs" / "seams.md").read_text()
-        modules = (sub_pools, model_watch, relaunch, api_side, model_side, served, ids, metrics, middleware)
+        modules = (
+            sub_pools,
+            model_watch,
+            relaunch,
+            api_side,
+            model_side,
+            served,
+            ids,
+            metrics,
+            model_cache,
+            middleware,
+        )
         of_xinference = [api_side.EVENTS, *(seam for module in modules for seam in module.SEAMS)]
         assert [row(seam) for seam in (*SEAMS, *of_xinference) if row(seam) not in page] == []
 

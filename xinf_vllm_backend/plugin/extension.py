@@ -6,7 +6,7 @@ import gc
 from typing import Any
 
 from ..__version__ import __version__
-from . import metrics, model_watch, relaunch, sub_pools, xinference_version
+from . import metrics, model_cache, model_watch, relaunch, sub_pools, xinference_version
 from .cluster_link import METRICS
 
 
@@ -55,6 +55,7 @@ def install() -> None:
     model_watch.install()
     relaunch.install()
     metrics.install_in_worker()
+    model_cache.install()
     if tuple(llm_family.VLLM_CLASSES[: len(CLASSES)]) == CLASSES:
         return
     llm_family.VLLM_CLASSES[:] = CLASSES
