@@ -192,7 +192,7 @@ FAULTS: dict[str, Fault] = {
     WORKER: HostFailure(),
     "pause": Order("pause", "keep"),
     "sleep": Order("sleep", "wait"),
-    "sleep, requests frozen": Order("sleep", "keep"),
+    "sleep with requests frozen": Order("sleep", "keep"),
 }
 
 
