@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -175,11 +176,19 @@ def _measure_side(samples: Samples, model: Path, side: str, count: int, argument
         wait_until(lambda: len(running.engine_processes("EngineCore")) >= cores, BOUND, "all engines")
         wait_until(lambda: running.answers("tiny"), BOUND, "an answer")
         samples.add(f"{READY}, {count}", side, time.monotonic() - begun)
+        wait_until(
+            lambda: _all_ready(running), BOUND, "every replica to be ready"
+        )  # stock sends requests to others too
         samples.add(f"{PRIVATE}, {count}", side, private(running))
         _batch(running)
         begun = time.monotonic()
         _batch(running)
         samples.add(f"{SPEED}, {count}", side, STREAMS * LOAD_TOKENS / (time.monotonic() - begun))
+
+
+def _all_ready(running: Cluster) -> bool:
+    shown = running.get("/v1/models/tiny/replicas") or ()
+    return bool(shown) and all(each["status"] == "READY" for each in shown)
 
 
 def _batch(running: Cluster) -> None:
@@ -191,11 +200,9 @@ def _batch(running: Cluster) -> None:
             for _ in stream:
                 pass
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(STREAMS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(BOUND)
+    with ThreadPoolExecutor(STREAMS) as pool:
+        for asked in [pool.submit(ask, number) for number in range(STREAMS)]:
+            asked.result(BOUND)
 
 
 # -- the tables
