@@ -176,9 +176,8 @@ def _measure_side(samples: Samples, model: Path, side: str, count: int, argument
         wait_until(lambda: len(running.engine_processes("EngineCore")) >= cores, BOUND, "all engines")
         wait_until(lambda: running.answers("tiny"), BOUND, "an answer")
         samples.add(f"{READY}, {count}", side, time.monotonic() - begun)
-        wait_until(
-            lambda: _all_ready(running), BOUND, "every replica to be ready"
-        )  # stock sends requests to others too
+        # Stock sends requests to those that still load, too.
+        wait_until(lambda: _all_ready(running), BOUND, "every replica to be ready")
         samples.add(f"{PRIVATE}, {count}", side, private(running))
         _batch(running)
         begun = time.monotonic()
