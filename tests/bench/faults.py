@@ -168,7 +168,10 @@ class Order:
 
     def _order(self, cluster: Cluster, victim: str, action: str, **given: str) -> None:
         url = f"{cluster.endpoint}/v1/models/{victim}/{action}"
-        answer = httpx.post(url, json=given, trust_env=False, timeout=PATIENCE)
+        try:
+            answer = httpx.post(url, json=given, trust_env=False, timeout=PATIENCE)
+        except httpx.HTTPError as error:
+            raise RuntimeError(f"{action}: {error!r}") from None
         if answer.is_error:
             raise RuntimeError(f"{action}: {answer.status_code} {answer.text}")
 
