@@ -60,7 +60,7 @@ def _children() -> frozenset[int]:
 
 def _reap_others() -> None:
     for pid in _children() - _own:
-        with contextlib.suppress(FileNotFoundError):  # another thread has reaped its own child
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # another thread has reaped its own child
             if _started(pid) < _since:
                 threading.Thread(target=_reap, args=(pid,), name="reap-orphan", daemon=True).start()
 
