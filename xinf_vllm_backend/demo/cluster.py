@@ -33,8 +33,8 @@ T = TypeVar("T")
 
 # Without these stock Xinference does not get vLLM to start on a CPU host.
 STOCK_ON_CPU = ("--tensor_parallel_size", "1", "--block_size", "128")
-# Every process of the cluster inherits it, so that it is found also after its parent died.
 PORTS = range(20000, 32000)  # of servers; below those that connections get
+# Every process of the cluster inherits it, so that it is found also after its parent died.
 _MARK = "XINF_VLLM_CLUSTER"
 _WORKER = "XINF_VLLM_CLUSTER_WORKER"  # the same for every process of one worker
 _POLL = 0.1
