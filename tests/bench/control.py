@@ -22,7 +22,7 @@ import psutil
 from xinf_vllm_backend.demo.cluster import STOCK_ON_CPU, Cluster, wait_until
 from xinf_vllm_backend.demo.tiny_model import make_tiny_model, model_registration
 
-from .faults import are_ready, statuses
+from .faults import are_ready, are_shown_ready, statuses
 from .launches import BOTH, EXTENSION, OURS, STOCK, UNBOUND, say, turn
 from .report import Samples, Table, figure
 
@@ -177,17 +177,13 @@ def _measure_side(samples: Samples, model: Path, side: str, count: int, argument
         wait_until(lambda: running.answers("tiny"), BOUND, "an answer")
         samples.add(f"{READY}, {count}", side, time.monotonic() - begun)
         # Stock sends requests to those that still load, too.
-        wait_until(lambda: _all_ready(running), BOUND, "every replica to be ready")
+        replicas = count if side == STOCK else 1
+        wait_until(lambda: are_shown_ready(running, replicas), BOUND, "every replica to be ready")
         samples.add(f"{PRIVATE}, {count}", side, private(running))
         _batch(running)
         begun = time.monotonic()
         _batch(running)
         samples.add(f"{SPEED}, {count}", side, STREAMS * LOAD_TOKENS / (time.monotonic() - begun))
-
-
-def _all_ready(running: Cluster) -> bool:
-    shown = running.get("/v1/models/tiny/replicas") or ()
-    return bool(shown) and all(each["status"] == "READY" for each in shown)
 
 
 def _batch(running: Cluster) -> None:

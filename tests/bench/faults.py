@@ -298,6 +298,13 @@ def are_ready(cluster: Cluster, replicas: int) -> bool:
     return sum(ready) >= replicas
 
 
+def are_shown_ready(cluster: Cluster, replicas: int) -> bool:
+    """Whether Xinference, also stock's, shows so many replicas as READY."""
+    shown = cluster.get("/v1/models/tiny/replicas") or ()
+    ready: list[bool] = [each["status"] == "READY" for each in shown]
+    return sum(ready) == replicas
+
+
 def statuses(cluster: Cluster) -> list[dict[str, Any]]:
     """What /engine shows for each replica; [] if it does not answer."""
     return (cluster.get("/v1/models/tiny/engine") or {}).get("replicas") or []

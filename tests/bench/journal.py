@@ -13,10 +13,9 @@ import tempfile
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import click
-from vllm import SamplingParams
-from vllm.outputs import CompletionOutput, RequestOutput
 
 from xinf_vllm_backend.demo.tiny_model import make_tiny_model
 from xinf_vllm_backend.engine.replay import Record
@@ -57,6 +56,8 @@ def _load(kind: str) -> Load:
 
 async def _remembered(is_on: bool) -> None:
     """A stream of ``TOKENS`` outputs, which the API process and, for it, the model process remember or do not."""
+    from vllm import SamplingParams  # not by every benchmark, as all are imported together
+
     request, record = Request("async_generate", ("The keeper", {}), {}), Record("a fingerprint")
     params = SamplingParams(max_tokens=TOKENS, temperature=0)
     outputs = record.tap(_outputs(), params) if is_on else _outputs()
@@ -64,7 +65,9 @@ async def _remembered(is_on: bool) -> None:
         request.take([(CHUNK, record.take() if is_on else b"")])
 
 
-async def _outputs() -> AsyncIterator[RequestOutput]:
+async def _outputs() -> AsyncIterator[Any]:
+    from vllm.outputs import CompletionOutput, RequestOutput
+
     ids: list[int] = []
     for number in range(TOKENS):
         ids.append(1000 + number)
@@ -82,6 +85,7 @@ def measure_alone(samples: Samples, rounds: int) -> None:
             asyncio.run(_remembered(is_on))
         return (time.process_time() - begun) / ALONE / TOKENS * 1e6
 
+    asyncio.run(_remembered(True))  # imports vLLM
     for _ in range(rounds):
         for name in SIDES:
             samples.add(WORK, name, taken(name == OURS))

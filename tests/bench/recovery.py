@@ -34,7 +34,7 @@ from xinf_vllm_backend.demo.tiny_model import make_tiny_model
 from . import report
 from .chaos import LAUNCH, STARTED, WORKERS, Traffic, launch, references, show, table
 from .engines import KV_CACHE, REQUESTS, TOKENS
-from .faults import FAULTS, MODEL_PROCESS, Faults, Signal, clock, victims
+from .faults import FAULTS, MODEL_PROCESS, Faults, Signal, are_shown_ready, clock, victims
 from .launches import EXTENSION, UNBOUND
 from .report import Samples, Table
 
@@ -193,10 +193,7 @@ def strike(cluster: Cluster, clients: int, fault: str, bound: float, replicas: i
 
 
 def _serves(cluster: Cluster, replicas: int, in_a_row: int) -> bool:
-    shown = cluster.get("/v1/models/tiny/replicas") or ()
-    if sum(each["status"] == "READY" for each in shown) != replicas:
-        return False
-    return all(cluster.answers("tiny", timeout=10.0) for _ in range(in_a_row))
+    return are_shown_ready(cluster, replicas) and all(cluster.answers("tiny", timeout=10.0) for _ in range(in_a_row))
 
 
 def _busiest(processes: Sequence[psutil.Process]) -> psutil.Process:
