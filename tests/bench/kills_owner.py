@@ -25,7 +25,7 @@ from xinf_vllm_backend.engine.supervisor import EngineSupervisor
 LOAD_TIMEOUT = 120.0  # seconds
 KV_CACHE = 128 << 20  # bytes, for each rank
 PROMPT = "The keeper of the lighthouse"
-EXIT_STATUS = 1  # of a process whose engine is dead, as plugin/host.py has it
+EXIT_STATUS = 1  # of a process whose engine is dead, as plugin/hosted.py has it
 _ids = itertools.count()
 
 

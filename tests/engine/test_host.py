@@ -50,7 +50,7 @@ async def chat(model: Any, tokens: int) -> Any:
 async def test_a_model_loads_serves_is_watched_and_gives_up_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ended: asyncio.Queue[int] = asyncio.Queue()
     loop = asyncio.get_running_loop()
-    monkeypatch.setattr("xinf_vllm_backend.plugin.host.os._exit", ended.put_nowait)  # or the test would end with it
+    monkeypatch.setattr("xinf_vllm_backend.plugin.hosted.os._exit", ended.put_nowait)  # or the test would end with it
     before = dict(os.environ)
 
     await asyncio.to_thread(model.load)
@@ -116,7 +116,7 @@ class Link:
 @pytest.fixture
 async def unstarted(model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A model whose engine is READY to all appearance, has no process, and tells a ``Link``; it cannot end the test."""
-    monkeypatch.setattr("xinf_vllm_backend.plugin.host.os._exit", lambda status: None)
+    monkeypatch.setattr("xinf_vllm_backend.plugin.hosted.os._exit", lambda status: None)
     model._settings = Settings()
     model._link, model._loop = Link(), asyncio.get_running_loop()
     model._engine = model._make_supervisor(None)

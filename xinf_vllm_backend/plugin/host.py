@@ -1,87 +1,46 @@
-"""One model actor's engine: load, wait_for_load, the health task, stop."""
+"""Chat models: the classes of Xinference that generate text, hosted."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import functools
-import hashlib
 import logging
-import os
-import re
-import sys
-import time
-from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from xinference.model.llm.vllm.core import VLLMModel
 
-from ..engine import diagnosis, preload
-from ..engine.lifecycle import Move, State
-from ..engine.phase import Phase
 from ..engine.seams import platform, start, version
-from ..engine.spec import EngineSpec
-from ..engine.supervisor import EngineSupervisor
-from ..engine.watch import busy_factor
-from ..errors import BackendError, BadLaunchArgumentError, EngineStartError, EngineStoppedError
-from ..settings import Settings, variable
-from . import (
-    cluster_link,
-    controlled,
-    cpu,
-    engine_log,
-    launch_arguments,
-    metrics,
-    model_process,
-    pickling,
-    replica_log,
-    request_arguments,
-)
-from .cluster_link import ClusterLink
-from .push import ids, model_side
-from .versions import versions
+from ..errors import EngineStoppedError
+from ..settings import Settings
+from . import cpu, engine_log, launch_arguments, request_arguments
+from .hosted import Hosted
 
 logger = logging.getLogger("xinference.vllm_backend")
 
-START_METHOD = "engine_start_method"
-EXIT_STATUS = 1  # tells Xinference to start the model process again
 
+class HostedModel(Hosted, VLLMModel):
+    """A mixin for Xinference's vLLM classes of chat models.
 
-class HostedModel(controlled.Controlled, VLLMModel):
-    """A mixin for Xinference's vLLM classes: they prepare the engine's arguments, and it runs the engine.
-
-    An instance is pickled twice before ``load()``, so until then it holds only plain data. Models across several
-    workers and with a Xavier cache run Xinference's own engine, with our errors, health task and stop.
+    Models across several workers and with a Xavier cache run Xinference's own engine, with our errors, health task and
+    stop.
     """
-
-    model_family: Any
-    _check_health_task: asyncio.Task[None] | None
 
     def __init__(
         self, model_uid: str, model_family: Any, model_path: str, model_config: Any, peft_model: Any = None
     ) -> None:  # Xinference hands LoRA modules only to a class with a parameter of this very name
         arguments = {} if model_config is None else model_config
-        self._options = Settings.options_in(arguments)
-        Settings.resolve(self._options)  # a bad one fails here, before anything is made
-        self._given = frozenset(arguments)
+        options = Settings.options_in(arguments)
+        Settings.resolve(options)  # a bad one fails here, before anything is made
+        given = frozenset(arguments)
         super().__init__(model_uid, model_family, model_path, arguments, peft_model)
-        replica_log.begin(self.raw_model_uid)
-        self._death_recorded = False  # that of the engine which is being restarted
-        self._environment: dict[str, str] = {}  # variables of the engine alone
-        self._stop_requested = False
-        self._death: asyncio.Task[str] | None = None
-        self._link: ClusterLink | None = None
-        self.push_links = model_side.Links()
+        self._host(options, given)
         launch_arguments.refuse_unsupported(
             self._enable_weight_cache, self._n_worker, self._get_xinference_executor_backend()
         )
         if platform.is_cpu_build():
             self.model_family = cpu.without_vllm(self.model_family)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        method = self._options.get(START_METHOD) if self._is_ours() else "spawn"
-        return pickling.reduce_model(self, method, variable(START_METHOD), str(self.model_path))
+    def _directory(self) -> str:
+        return str(self.model_path)
 
     # -- what this host offers
 
@@ -114,15 +73,7 @@ class HostedModel(controlled.Controlled, VLLMModel):
         Raises:
             BackendError, ValueError: one sentence with the root cause; nothing is left running.
         """
-        started = time.monotonic()
-        self._settings = Settings.resolve(self._options)
-        model_process.stacks_file()
-        metrics.install_in_model_process()
-        model_side.install_in_model_process()
-        ids.install()
-        if self._loop is not None:
-            self._link = ClusterLink(self.model_family.address, self.raw_model_uid)
-        self._show(Phase.ENVIRONMENT)
+        started = self._begin_load()
         with self._readable_errors():
             version.check_version()
             if not self._is_ours():
@@ -147,24 +98,7 @@ class HostedModel(controlled.Controlled, VLLMModel):
         """Finish the load, and start the health task on the event loop."""
         with self._readable_errors():
             super().wait_for_load()
-        how = "is paused again" if self._restore_pause() else "serves again"
-        for death in replica_log.read(self.raw_model_uid).last[-1:]:
-            self._announce(f"The model {self.raw_model_uid} {how}, after this: {death['reason']}")
-
-    def _make_supervisor(self, engine_args: Any) -> EngineSupervisor:
-        spec = EngineSpec(
-            self.raw_model_uid,
-            engine_args,
-            self._settings,
-            self._environment,
-            on_phase=self._show,
-            on_line=engine_log.write,
-            on_move=self._moved,
-            on_inexact=lambda request_id, why: self._count(cluster_link.INEXACT),
-        )
-        supervisor = EngineSupervisor(spec)
-        supervisor.control.on_change = functools.partial(replica_log.record_pause, self.raw_model_uid)
-        return supervisor
+        self._greet()
 
     def _sanitize_model_config(self, model_config: Any) -> Any:
         config = super()._sanitize_model_config(model_config)
@@ -182,134 +116,12 @@ class HostedModel(controlled.Controlled, VLLMModel):
         request_arguments.check_guided_json(config["guided_json"])
         return config
 
-    def _show(self, phase: Phase) -> None:
-        logger.info("Loading %s: %s", self.raw_model_uid, phase.value)
-        if self._link is not None:
-            asyncio.run_coroutine_threadsafe(self._link.show_phase(phase), self._loop)
-
-    @contextlib.contextmanager
-    def _readable_errors(self) -> Iterator[None]:
-        """Raise any exception as one of our errors with exactly one string, which can cross the process border."""
-        try:
-            yield
-        except (BackendError, BadLaunchArgumentError) as error:
-            logger.error("%s", error)
-            raise type(error)(str(error)) from None
-        except Exception as error:
-            logger.exception("Loading %s failed", self.raw_model_uid)
-            kind = BadLaunchArgumentError if isinstance(error, (TypeError, ValueError)) else EngineStartError
-            raise kind(f"The model {self.raw_model_uid} could not be loaded: {_in_words(error)}") from None
-
-    # -- health
-
-    async def _check_healthy(self, interval: float = 30) -> None:
-        """Created as a task by ``wait_for_load``, cancelled by ``stop``; ``interval`` is upstream's and not used."""
-        engine = self._engine
-        if isinstance(engine, EngineSupervisor):
-            if await engine.watch():
-                await self.engine_died()
-            return
-        while not self._engine_is_dead():
-            await asyncio.sleep(self._settings.health_interval)
-        await self.engine_died()
-
-    def _engine_is_dead(self) -> bool:
-        engine = self._engine
-        if self._stop_requested or engine is None:
-            return False
-        return engine.is_dead() if isinstance(engine, EngineSupervisor) else bool(engine.errored)
-
-    def _moved(self, move: Move) -> None:
-        """Tell the cluster that the engine is being restarted in place, and that it is back."""
-        name = self.raw_model_uid
-        if move.death is not None:
-            self._death_recorded = True
-            replica_log.record(name, move.death.reason, move.death.details())
-            self._count(cluster_link.DEATHS)
-        if move.state is State.RESTARTING:
-            self._announce(f"{move.reason}. It is being restarted in place, and requests wait for it.", error=True)
-        elif move.state is State.STALE:
-            self._death_recorded = False
-            self._announce(f"The vLLM engine of {name} does not serve: {move.reason}.", error=True)
-        elif move.state is State.ASLEEP:
-            self._count(cluster_link.SLEEPS)
-            self._announce(f"The vLLM engine of {name} sleeps: {move.reason}.")
-        elif move.state is State.READY and move.previous is State.WAKING:
-            self._count(cluster_link.WAKINGS)
-            self._announce(f"The vLLM engine of {name} is awake: {move.reason}.")
-        elif move.state is State.READY and move.previous is not State.STARTING:
-            self._death_recorded = False
-            self._count(cluster_link.RESTARTS)
-            self._announce(f"The vLLM engine of {name} serves again: {move.reason}.")
-
-    def _announce(self, text: str, *, error: bool = False) -> None:
-        if self._link is not None:
-            asyncio.run_coroutine_threadsafe(self._link.announce(text, error=error), self._loop)
-
-    def _count(self, metric: str) -> None:
-        if self._link is not None:
-            asyncio.run_coroutine_threadsafe(self._link.count(metric), self._loop)
-
-    def is_stopping(self) -> bool:
-        return self._stop_requested
-
-    async def engine_died(self) -> str:
-        """End this process because its engine is dead; Xinference then starts the model again.
-
-        Idempotent. The process ends before a caller continues.
-
-        Returns:
-            How the engine died, for the log.
-        """
-        if self._death is None:
-            self._death = asyncio.get_running_loop().create_task(self._give_up())
-        return await asyncio.shield(self._death)
-
-    async def _give_up(self) -> str:
-        engine = self._engine
-        how = f"The vLLM engine of {self.raw_model_uid} died"
-        if isinstance(engine, EngineSupervisor):
-            how = engine.failure or await asyncio.to_thread(engine.death)
-        reason = f"{how}. The model process ends so that Xinference starts the model again."
-        logger.error("%s", reason)
-        if self._death_recorded:  # it was to be restarted, and could not be
-            replica_log.amend(self.raw_model_uid, reason)
-        else:
-            replica_log.record(self.raw_model_uid, reason)
-        await self._attempt(asyncio.to_thread(replica_log.flush))
-        if self._link is not None:
-            await self._attempt(self._link.announce_death(reason, count=not self._death_recorded))
-        # The next engine may not start while this one is alive.
-        await self._attempt(asyncio.to_thread(self._stop_engine))
-        os._exit(EXIT_STATUS)
-
-    async def _attempt(self, step: Awaitable[Any]) -> None:
-        try:
-            await step
-        except Exception:  # the next step must follow
-            logger.exception("A step after the death of the engine of %s failed", self.raw_model_uid)
-
-    async def offer_push_link(self) -> dict[str, Any]:
-        """Where an API process can make a link for the streams of this model, as plain data.
-
-        Raises:
-            RuntimeError: it is switched off, or cannot be.
-        """
-        if (reason := model_side.why_pulled()) is not None:
-            raise RuntimeError(f"The model {self.raw_model_uid} pushes no streams: {reason}.")
-        self.push_links.fingerprint = self._fingerprint()
-        offered = await self.push_links.offer(self.model_family.address.rpartition(":")[0])
-        return offered | {"failover": self._failover()}
+    # -- requests that go on
 
     def _failover(self) -> dict[str, Any] | None:
-        """What an API process has to know to have requests outlive this process; None if they do not."""
-        if not self._is_ours() or model_side.why_not_failed_over() is not None:
-            return None
-        given = self._settings
-        return {"recovery_timeout": given.recovery_timeout, "max_deaths": given.max_deaths_per_request}
+        return super()._failover() if self._is_ours() else None
 
-    def _fingerprint(self) -> str:
-        """Of what decides how a request goes on: the weights, and all that the launch gave."""
+    def _asked(self) -> tuple[Any, ...]:
         spec = self.model_spec
         of_weights = (
             self.model_family.model_name,
@@ -317,84 +129,16 @@ class HostedModel(controlled.Controlled, VLLMModel):
             str(spec.model_size_in_billions),
             self.quantization,
         )
-        given = sorted((name, repr(value)) for name, value in self._model_config.items() if name in self._given)
-        return hashlib.blake2b(repr((of_weights, given, version.version())).encode(), digest_size=8).hexdigest()
-
-    async def heartbeat(self) -> dict[str, Any]:
-        """What the worker has to know to judge this process, as plain data; the answer says that its event loop runs.
-
-        Returns:
-            ``settings``, all in force; ``busy_factor``, never 0; ``stacks``, the file descriptor by which it shows its
-            stacks, or None.
-        """
-        return {
-            "settings": self._settings.model_dump(),
-            "busy_factor": busy_factor(self._settings),
-            "stacks": model_process.stacks_file(),
-        }
-
-    async def engine_status(self) -> dict[str, Any]:
-        """State, processes and past deaths of this replica's engine, as plain data."""
-        engine = self._engine
-        ours = isinstance(engine, EngineSupervisor)
-        log = await asyncio.to_thread(replica_log.read, self.raw_model_uid)
-        return {
-            "replica": self.raw_model_uid,
-            **(self._of_ours(engine) if ours else {"state": self._state_of_upstreams(), "processes": []}),
-            **controlled.status_of(engine),
-            "pid": os.getpid(),
-            "started": model_process.how_started(),
-            "python": sys.executable,
-            "zygote": preload.zygote_pid(),
-            "push": {"off": reason} if (reason := model_side.why_pulled()) is not None else self.push_links.status(),
-            "settings": self._settings.model_dump(),
-            "versions": await asyncio.to_thread(versions),
-            **replica_log.summary(log),
-        }
-
-    def _state_of_upstreams(self) -> str:
-        return "stopped" if self._stop_requested else "dead" if self._engine_is_dead() else "ready"
-
-    @staticmethod
-    def _of_ours(engine: EngineSupervisor) -> dict[str, Any]:
-        moves = engine.lifecycle.history
-        return {
-            "state": engine.lifecycle.state.value,
-            "reason": moves[-1].reason if moves else "",
-            "restarts": engine.restarts,
-            "requests": engine.requests(),
-            "processes": engine.processes(),
-        }
+        return of_weights, self._given_of(self._model_config)
 
     # -- stop
 
-    def stop(self) -> None:
-        """Stop the engine in any state; idempotent and bounded. Blocks, so never call it on an event loop."""
-        replica_log.forget(self.raw_model_uid)
-        try:
-            super().stop()
-        finally:
-            replica_log.flush()
+    def _end(self) -> None:
+        VLLMModel.stop(self)
 
     def _stop_engine(self) -> None:
-        self._stop_requested = True
-        if not self._is_ours():
+        if self._is_ours():
             super()._stop_engine()
-            return
-        task, self._check_health_task = self._check_health_task, None
-        if task is not None:
-            self._loop.call_soon_threadsafe(task.cancel)
-        if self._engine is not None:  # else load() sees that it was asked to stop
-            self._engine.stop(self._settings.stop_timeout)
-
-
-def undecorated(method: Callable[..., Any]) -> Callable[..., Any]:
-    """``method`` without the check that Xinference decorates it with, which stops the model on the event loop."""
-    return getattr(method, "__wrapped__", method)
-
-
-def _in_words(error: Exception) -> str:
-    unknown = re.search(r"AsyncEngineArgs.*unexpected keyword argument '(\w+)'", str(error))
-    if unknown:
-        return f"vLLM {version.version()} has no engine argument {unknown[1]!r}; leave it out or correct its name."
-    return diagnosis.describe(error)
+        else:
+            self._stop_requested = True
+            VLLMModel._stop_engine(self)

@@ -8,7 +8,8 @@ from __future__ import annotations
 from xinference.model.llm.vllm.core import VLLMChatModel, VLLMModel, VLLMMultiModel
 
 from ..check import vllm_check
-from ..host import HostedModel, undecorated
+from ..host import HostedModel
+from ..hosted import undecorated
 from ..push.model_side import pushed
 from ..request_arguments import lora_checked
 
