@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import RequestFailedError
 from .seams import parsers
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -107,15 +111,37 @@ class Answer:
                 yield output
 
     def delta(self, index: int, text: str) -> Parsed | None:
-        """What is found in the next ``text`` of the choice ``index``; None if nothing can be said yet."""
+        """What is found in the next ``text`` of the choice ``index``; None if nothing can be said yet.
+
+        Raises:
+            RequestFailedError: the parser failed.
+        """
         choice = self._choice(index)
         ids, finished = choice.take(text, self._tokenizer)
         if not (text or ids or finished):
             return None
-        said = parsers.piece(choice.parser, text, ids, self._request, self._prompt, finished)
+        with _explained():
+            said = parsers.piece(choice.parser, text, ids, self._request, self._prompt, finished)
         return None if said is None else Parsed(*said)
 
     def whole(self, index: int, text: str) -> Parsed:
-        """What is found in ``text``, which is all of the choice ``index``."""
+        """What is found in ``text``, which is all of the choice ``index``.
+
+        Raises:
+            RequestFailedError: the parser failed.
+        """
         choice = self._choice(index)
-        return Parsed(*parsers.whole(choice.parser, text, choice.ids, self._request, self._prompt))
+        with _explained():
+            return Parsed(*parsers.whole(choice.parser, text, choice.ids, self._request, self._prompt))
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of code for one model each, which expects what that model writes
+        logger.exception("A parser of vLLM's failed on an answer")
+        raise RequestFailedError(
+            "The parser of vLLM's that the model was launched with failed on the answer; Xinference's log has the "
+            "cause. Ask without tools, or launch the model with another parser."
+        ) from error

@@ -69,12 +69,12 @@ class ParsedChats(VLLMModel):
         super().load()
         if self._named and self._is_ours():
             with self._readable_errors():
-                self._check_vocabulary()
+                self._try_parsers()
 
-    def _check_vocabulary(self) -> None:
+    def _try_parsers(self) -> None:
         named = self._named
         try:
-            parsers.make_parser(named.tool, named.reasoning, self._engine, None, {})
+            parsers.try_out(named.tool, named.reasoning, self._engine)
         except Exception as error:
             self._stop_engine()
             given = " and ".join(repr(name) for name in (named.tool, named.reasoning) if name)

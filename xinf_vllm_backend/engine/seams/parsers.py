@@ -87,6 +87,18 @@ def _composed(tool: str | None, reasoning: str | None, model: str, harmony: bool
     return BOTH.owner().ParserManager.get_parser(tool, reasoning, True, model, harmony)
 
 
+def try_out(tool: str | None, reasoning: str | None, engine: Any) -> None:
+    """Have these parsers read an answer of one word to a request with a tool, whole and as it comes.
+
+    Raises:
+        Exception: they cannot be used with this model, or in this build of vLLM.
+    """
+    request = request_of([], [{"type": "function", "function": {"name": "f"}}])
+    ids = list(engine.get_tokenizer().encode("Yes", add_special_tokens=False))[:1]
+    whole(make_parser(tool, reasoning, engine, request.tools, {}), "Yes", ids, request, ids)
+    piece(make_parser(tool, reasoning, engine, request.tools, {}), "Yes", ids, request, ids, True)
+
+
 def request_of(messages: list[Any], tools: list[Any]) -> Any:
     """A request as vLLM's parsers read it.
 
