@@ -45,11 +45,11 @@ class _Choice:
     seen_text: int = 0
     seen_ids: int = 0
 
-    def give(self, output: Any) -> None:
-        self.text += output.text[self.seen_text :]
-        self.ids += output.token_ids[self.seen_ids :]
-        self.seen_text, self.seen_ids = len(output.text), len(output.token_ids)
-        self.finished = output.finish_reason is not None
+    def give(self, text: str, ids: list[int], finished: bool) -> None:
+        """Take what is new in all that was given so far."""
+        self.text += text[self.seen_text :]
+        self.ids += ids[self.seen_ids :]
+        self.seen_text, self.seen_ids, self.finished = len(text), len(ids), finished
 
     def take(self, text: str, tokenizer: Any) -> tuple[list[int], bool]:
         """The token ids of ``text``, and whether it ends the answer."""
@@ -105,9 +105,9 @@ class Answer:
     async def _tapped(self, outputs: Any) -> AsyncIterator[Any]:
         async with contextlib.aclosing(outputs):
             async for output in outputs:
-                self._prompt = output.prompt_token_ids
-                for choice in output.outputs:
-                    self._choice(choice.index).give(choice)
+                self._prompt, choices = parsers.given_by(output)
+                for index, text, ids, finished in choices:
+                    self._choice(index).give(text, ids, finished)
                 yield output
 
     def delta(self, index: int, text: str) -> Parsed | None:

@@ -8,7 +8,38 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..engine.seams import parsers, version
+from ..engine.seams.seam import Seam
 from ..errors import BadLaunchArgumentError
+
+_USED_FOR = "answers parsed with vLLM's parsers, in place of Xinference's"
+_WITHOUT = "a launch that names one is refused; Xinference's own parse"
+CHATS = Seam(
+    "xinference.model.llm.vllm.core",
+    "VLLMChatModel",
+    _USED_FOR,
+    _WITHOUT,
+    members=(
+        "prepare_parse_reasoning_content",
+        "prepare_parse_tool_calls",
+        "_get_chat_template_kwargs_from_generate_config",
+        "_track_engine_request",
+        "_async_to_chat_completion_chunks",
+        "_async_to_tool_completion_chunks",
+        "_to_chat_completion_chunk",
+        "_to_chat_completion",
+        "_post_process_completion",
+        "_sanitize_usage",
+    ),
+)
+OWN_REASONING = Seam(
+    "xinference.model.llm.reasoning_parser",
+    "ReasoningParser",
+    _USED_FOR,
+    _WITHOUT,
+    members=("check_content_parser", "should_insert_start_tag", "reasoning_content"),
+)
+OWN_TOOLS = Seam("xinference.model.llm.tool_parsers", "TOOL_PARSERS", _USED_FOR, _WITHOUT)
+SEAMS = (CHATS, OWN_REASONING, OWN_TOOLS)
 
 TOOL, REASONING = "tool_parser", "reasoning_parser"
 PLUGIN = "_plugin"  # behind either: a file that registers more
@@ -33,14 +64,14 @@ class Named:
         return bool(self.tool or self.reasoning)
 
 
-def taken_from(config: MutableMapping[str, Any], own: Collection[str]) -> Named:
+def taken_from(config: MutableMapping[str, Any]) -> Named:
     """The parsers that are named in ``config``, the arguments of an engine, which keeps those that an engine has.
 
-    An engine has ``reasoning_parser``, too: behind the reasoning it begins with structured output.
+    An engine has ``reasoning_parser``, too: behind the reasoning it begins with structured output. Of two parsers of
+    tool calls that have the same name, vLLM's and Xinference's, it is vLLM's.
 
     Args:
         config: changed in place.
-        own: names of Xinference's own parsers of tool calls; one of vLLM's by the same name comes first.
 
     Raises:
         BadLaunchArgumentError: there is no such parser, or no parser of this vLLM can be used.
@@ -49,19 +80,26 @@ def taken_from(config: MutableMapping[str, Any], own: Collection[str]) -> Named:
     reasoning = _word(config.get(REASONING), REASONING)
     if not (tool or reasoning):
         return Named()
-    if lost := parsers.lost():
-        raise BadLaunchArgumentError(
-            f"No parser of vLLM {version.version()} can be used by name, since it has no {lost[0]}; launch without "
-            f"{TOOL} and {REASONING}."
-        )
+    for seam in (*parsers.SEAMS, *SEAMS):
+        if not seam.present():
+            raise BadLaunchArgumentError(
+                f"No parser of vLLM {version.version()} can be used by name, since there is no {seam.name}; launch "
+                f"without {TOOL} and {REASONING}."
+            )
     if reasoning:
         of_reasoning = parsers.reasoning_parsers(_word(config.get(REASONING + PLUGIN), REASONING + PLUGIN))
         _check(REASONING, reasoning, of_reasoning, "vLLM {version}")
     known = parsers.tool_parsers(plugin) if tool else []
     if tool and tool not in known:
-        _check(TOOL, tool, {*known, *own}, "vLLM {version} or Xinference")
+        _check(TOOL, tool, {*known, *own_parsers()}, "vLLM {version} or Xinference")
         return Named(None, reasoning, tool)
     return Named(tool, reasoning)
+
+
+def own_parsers() -> dict[str, Any]:
+    """Xinference's own parsers of tool calls, by name."""
+    found: dict[str, Any] = OWN_TOOLS.owner().TOOL_PARSERS
+    return found
 
 
 def _word(value: Any, name: str) -> str | None:

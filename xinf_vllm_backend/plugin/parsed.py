@@ -8,13 +8,12 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextvars import ContextVar
 from typing import Any
 
-from xinference.model.llm.tool_parsers import TOOL_PARSERS
 from xinference.model.llm.vllm.core import VLLMModel
 
 from ..engine.parsing import Answer, Parsed
 from ..engine.seams import parsers
 from ..errors import BadLaunchArgumentError
-from .named_parsers import Named, taken_from
+from .named_parsers import Named, own_parsers, taken_from
 from .push import ids
 
 Call = Callable[..., Awaitable[Any]]
@@ -81,7 +80,7 @@ class ParsedChats(VLLMModel):
             raise BadLaunchArgumentError(f"vLLM's {given} cannot read what this model writes: {error}") from error
 
     def _sanitize_model_config(self, model_config: Any) -> Any:
-        self._named = taken_from(model_config, TOOL_PARSERS)
+        self._named = taken_from(model_config)
         return super()._sanitize_model_config(model_config)
 
     def _fingerprint(self) -> str:
@@ -97,7 +96,7 @@ class ParsedChats(VLLMModel):
     def prepare_parse_tool_calls(self) -> None:
         super().prepare_parse_tool_calls()
         if self._named.own:
-            self.tool_parser = TOOL_PARSERS[self._named.own]()
+            self.tool_parser = own_parsers()[self._named.own]()
 
     # -- one request
 

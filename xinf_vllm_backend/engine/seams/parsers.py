@@ -34,16 +34,11 @@ REQUEST = Seam(
 )
 TOOL = Seam(
     "vllm.entrypoints.openai.chat_completion.protocol",
-    "ChatCompletionToolsParam.model_validate",
+    "ChatCompletionToolsParam",
     _USED_FOR,
     _WITHOUT,
 )
 SEAMS = (TOOLS, REASONING, BOTH, PARSER, REQUEST, TOOL)
-
-
-def lost() -> list[str]:
-    """The names without which no parser of vLLM's can be used."""
-    return [seam.name for seam in SEAMS if not seam.present()]
 
 
 def tool_parsers(plugin: str | None = None) -> list[str]:
@@ -106,7 +101,7 @@ def request_of(messages: list[Any], tools: list[Any]) -> Any:
         BadRequestError: one of the ``tools`` is none.
     """
     try:
-        checked = [TOOL.owner().model_validate(tool) for tool in tools]
+        checked = [TOOL.owner().ChatCompletionToolsParam.model_validate(tool) for tool in tools]
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -119,6 +114,12 @@ def request_of(messages: list[Any], tools: list[Any]) -> Any:
 def keeps_special_tokens(parser: Any, request: Any) -> bool:
     """Whether ``parser`` has to see special tokens, in the answer to ``request``."""
     return not parser.adjust_request(request).skip_special_tokens
+
+
+def given_by(output: Any) -> tuple[list[int] | None, list[tuple[int, str, list[int], bool]]]:
+    """Token ids of the prompt of a ``RequestOutput``; of each choice its index, text and token ids, whether it ends."""
+    choices = [(each.index, each.text, each.token_ids, each.finish_reason is not None) for each in output.outputs]
+    return output.prompt_token_ids, choices
 
 
 def piece(parser: Any, text: str, ids: list[int], request: Any, prompt: list[int] | None, finished: bool) -> Any:
