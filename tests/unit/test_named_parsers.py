@@ -27,8 +27,12 @@ class Manager:
     def imported(self, path: str) -> None:
         self.names.append(path.removesuffix(".py"))
 
+    def get(self, name: str) -> None:
+        if name == "minimax_m3" and "cohere" in self.names:
+            raise ImportError("It needs a package,\n which is not installed.")
+
     import_tool_parser = import_reasoning_parser = imported
-    get_tool_parser = get_reasoning_parser = None
+    get_tool_parser = get_reasoning_parser = get
 
 
 @pytest.fixture
@@ -137,6 +141,14 @@ def test_where_a_name_is_gone_parsers_are_refused_and_all_else_is_served(
     assert taken_from({"dtype": "auto"}) == Named()
     with pytest.raises(BadLaunchArgumentError, match=f"since there is no {missing}; launch without"):
         taken_from({"tool_parser": "hermes"})
+
+
+def test_a_parser_that_cannot_be_imported_is_refused_before_an_engine_starts(modules: Any) -> None:
+    config = {"tool_parser": "minimax_m3", "tool_parser_plugin": "cohere.py"}
+    with pytest.raises(
+        BadLaunchArgumentError, match=r"^vLLM's 'minimax_m3' .*: ImportError: It needs a package, which"
+    ):
+        taken_from(config)
 
 
 def test_a_launch_that_names_none_imports_nothing() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Collection, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..engine import diagnosis
 from ..engine.seams import parsers, version
 from ..engine.seams.seam import Seam
 from ..errors import BadLaunchArgumentError
@@ -63,6 +64,11 @@ class Named:
     def __bool__(self) -> bool:
         return bool(self.tool or self.reasoning)
 
+    def refused(self, why: Exception) -> BadLaunchArgumentError:
+        """What a launch is told when vLLM's parsers cannot be used."""
+        given = " and ".join(repr(name) for name in (self.tool, self.reasoning) if name)
+        return BadLaunchArgumentError(f"vLLM's {given} cannot read what this model writes: {diagnosis.describe(why)}")
+
 
 def taken_from(config: MutableMapping[str, Any]) -> Named:
     """The parsers that are named in ``config``, the arguments of an engine, which keeps those that an engine has.
@@ -92,8 +98,14 @@ def taken_from(config: MutableMapping[str, Any]) -> Named:
     known = parsers.tool_parsers(plugin) if tool else []
     if tool and tool not in known:
         _check(TOOL, tool, {*known, *own_parsers()}, "vLLM {version} or Xinference")
-        return Named(None, reasoning, tool)
-    return Named(tool, reasoning)
+        named = Named(None, reasoning, tool)
+    else:
+        named = Named(tool, reasoning)
+    try:
+        parsers.load(named.tool, named.reasoning)
+    except Exception as error:  # of code for one model each, which may need packages of its own
+        raise named.refused(error) from error
+    return named
 
 
 def own_parsers() -> dict[str, Any]:

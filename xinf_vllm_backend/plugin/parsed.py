@@ -12,7 +12,6 @@ from xinference.model.llm.vllm.core import VLLMModel
 
 from ..engine.parsing import Answer, Parsed
 from ..engine.seams import parsers
-from ..errors import BadLaunchArgumentError
 from .named_parsers import Named, own_parsers, taken_from
 from .push import ids
 
@@ -76,8 +75,7 @@ class ParsedChats(VLLMModel):
             parsers.try_out(named.tool, named.reasoning, self._engine)
         except Exception as error:
             self._stop_engine()
-            given = " and ".join(repr(name) for name in (named.tool, named.reasoning) if name)
-            raise BadLaunchArgumentError(f"vLLM's {given} cannot read what this model writes: {error}") from error
+            raise named.refused(error) from error
 
     def _sanitize_model_config(self, model_config: Any) -> Any:
         self._named = taken_from(model_config)

@@ -57,6 +57,18 @@ def reasoning_parsers(plugin: str | None = None) -> list[str]:
     return list(manager.list_registered())
 
 
+def load(tool: str | None, reasoning: str | None) -> None:
+    """Import these parsers.
+
+    Raises:
+        Exception: one needs something that is not installed.
+    """
+    if tool:
+        TOOLS.owner().ToolParserManager.get_tool_parser(tool)
+    if reasoning:
+        REASONING.owner().ReasoningParserManager.get_reasoning_parser(reasoning)
+
+
 def make_parser(
     tool: str | None, reasoning: str | None, engine: Any, tools: list[Any] | None, template: dict[str, Any]
 ) -> Any:
