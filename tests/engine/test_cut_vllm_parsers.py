@@ -142,7 +142,7 @@ async def test_a_call_is_found_as_it_comes_and_in_the_whole(
     model.reasoning_parser.should_insert_start_tag = lambda: False
     chunks = (await told(model, case, [])).chunks
     found = [("f", '{"a": "ü灯"}')]
-    assert (calls(chunks) == found) is (tool not in CLIPPED)
+    assert tool in CLIPPED or calls(chunks) == found
     assert finish(chunks) == ["tool_calls"]
     (choice,) = (await whole(model, case))["choices"]
     assert [(call["function"]["name"], call["function"]["arguments"]) for call in choice["message"]["tool_calls"]] == (
