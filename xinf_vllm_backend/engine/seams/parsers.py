@@ -102,8 +102,11 @@ def try_out(tool: str | None, reasoning: str | None, engine: Any) -> None:
     """
     request = request_of([], [{"type": "function", "function": {"name": "f"}}])
     ids = list(engine.get_tokenizer().encode("Yes", add_special_tokens=False))[:1]
-    whole(make_parser(tool, reasoning, engine, request.tools, {}), "Yes", ids, request, ids)
-    piece(make_parser(tool, reasoning, engine, request.tools, {}), "Yes", ids, request, ids, True)
+    # Each alone first, since the word is reasoning to one. Both last: the parser of gpt-oss is what was composed last.
+    for names in dict.fromkeys([(tool, None), (None, reasoning), (tool, reasoning)]):
+        if any(names):
+            whole(make_parser(*names, engine, request.tools, {}), "Yes", ids, request, ids)
+            piece(make_parser(*names, engine, request.tools, {}), "Yes", ids, request, ids, True)
 
 
 def request_of(messages: list[Any], tools: list[Any]) -> Any:
