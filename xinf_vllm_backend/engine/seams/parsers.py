@@ -85,8 +85,12 @@ def make_parser(
         Exception: it cannot read what this model writes, whose vocabulary lacks its tags, say.
     """
     model = engine.model_config
-    composed = _composed(tool, reasoning, model.model, getattr(model.hf_config, "model_type", None) == "gpt_oss")
+    composed = _composed(tool, reasoning, model.model, _writes_harmony(engine))
     return composed(engine.get_tokenizer(), tools, chat_template_kwargs=template, model_config=model)
+
+
+def _writes_harmony(engine: Any) -> bool:
+    return getattr(engine.model_config.hf_config, "model_type", None) == "gpt_oss"
 
 
 @functools.cache
@@ -95,16 +99,15 @@ def _composed(tool: str | None, reasoning: str | None, model: str, harmony: bool
 
 
 def try_out(tool: str | None, reasoning: str | None, engine: Any) -> None:
-    """Have these parsers read an answer of one word to a request with a tool, whole and as it comes.
+    """Have these parsers read an answer of one word to a request with a tool, whole and as it comes; not of gpt-oss.
 
     Raises:
         Exception: they cannot be used with this model, or in this build of vLLM.
     """
     request = request_of([], [{"type": "function", "function": {"name": "f"}}])
     ids = list(engine.get_tokenizer().encode("Yes", add_special_tokens=False))[:1]
-    # Each alone first, since the word is reasoning to one. Both last: the parser of gpt-oss is what was composed last.
-    for names in dict.fromkeys([(tool, None), (None, reasoning), (tool, reasoning)]):
-        if any(names):
+    for names in dict.fromkeys([(tool, None), (None, reasoning), (tool, reasoning)]):  # to one the word is reasoning
+        if any(names) and not _writes_harmony(engine):  # whose parser takes no other word
             whole(make_parser(*names, engine, request.tools, {}), "Yes", ids, request, ids)
             piece(make_parser(*names, engine, request.tools, {}), "Yes", ids, request, ids, True)
 
