@@ -36,7 +36,7 @@ from vllm_texts import ALONE, CLIPPED, VLLM_CALLS, VLLM_REASONING, VLLM_TAGS
 
 from xinf_vllm_backend.demo.tiny_model import CHATML, model_registration
 from xinf_vllm_backend.engine.seams import parsers
-from xinf_vllm_backend.plugin.named_parsers import Named
+from xinf_vllm_backend.plugin.named_parsers import Named, taken_from
 
 on_one_loop = pytest.mark.asyncio(loop_scope="module")
 
@@ -256,6 +256,29 @@ async def test_a_tool_that_is_none_is_refused_in_a_sentence(
     model = cases.tag_by_tag(answer("hermes"), Named("hermes")).model(supervisors[0])
     with pytest.raises(ValueError, match=r"The tools of the request cannot be used: function: Field required\."):
         await model.async_chat(MESSAGES, {"tools": [{"type": "function"}]}, request_id="bad")
+
+
+SHOUT = """
+from vllm.tool_parsers import ToolParserManager
+from vllm.tool_parsers.hermes_tool_parser import Hermes2ProToolParser
+
+@ToolParserManager.register_module("shout")
+class Shout(Hermes2ProToolParser):
+    def extract_tool_calls(self, model_output, request):
+        found = super().extract_tool_calls(model_output, request)
+        for call in found.tool_calls:
+            call.function.name = call.function.name.upper()
+        return found
+"""
+
+
+@on_one_loop
+async def test_a_parser_of_a_file_is_found(cases: Cases, supervisors: list[ScriptedSupervisor], tmp_path: Path) -> None:
+    (tmp_path / "shouting.py").write_text(SHOUT)
+    named = taken_from({"tool_parser": "shout", "tool_parser_plugin": str(tmp_path / "shouting.py")})
+    case = cases.tag_by_tag(answer("hermes", "deepseek_r1"), named)
+    message = (await whole(case.model(supervisors[0]), case))["choices"][0]["message"]
+    assert [call["function"]["name"] for call in message["tool_calls"]] == ["F"]
 
 
 # -- the same as vLLM
