@@ -20,7 +20,7 @@ from xinf_vllm_backend.engine.seams import (
     start,
     version,
 )
-from xinf_vllm_backend.plugin import metrics, middleware, model_cache, sub_pools
+from xinf_vllm_backend.plugin import metrics, middleware, model_cache, named_parsers, sub_pools
 from xinf_vllm_backend.plugin.push import api_side, ids, model_side, served
 from xinf_vllm_backend.process.context import EngineContext
 
@@ -40,6 +40,7 @@ pytestmark = pytest.mark.engine
         *metrics.SEAMS,
         *model_cache.SEAMS,
         *middleware.SEAMS,
+        *named_parsers.SEAMS,
     ),
     ids=lambda seam: seam.name,
 )

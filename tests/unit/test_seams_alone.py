@@ -24,7 +24,7 @@ from xinf_vllm_backend.engine.client import EngineClient
 from xinf_vllm_backend.engine.seams import SEAMS, Seam, child, core_client, platform, resuming, start, version
 from xinf_vllm_backend.engine.seams.start import CONTEXT, INSPECTION
 from xinf_vllm_backend.errors import CannotResumeError, UnsupportedVersionError
-from xinf_vllm_backend.plugin import metrics, middleware, model_cache, model_watch, relaunch, sub_pools
+from xinf_vllm_backend.plugin import metrics, middleware, model_cache, model_watch, named_parsers, relaunch, sub_pools
 from xinf_vllm_backend.plugin.push import api_side, ids, model_side, served
 from xinf_vllm_backend.process.context import EngineContext
 from xinf_vllm_backend.settings import Settings
@@ -36,6 +36,7 @@ COMMON = {"add_request_async", "abort_requests_async", "get_output_async", "reso
     "outputs",
     "request_id",
     "models",
+    "parse",
     "sleep",
     "put",
     "seed",
@@ -175,6 +176,7 @@ class TestSeam:
             metrics,
             model_cache,
             middleware,
+            named_parsers,
         )
         of_xinference = [api_side.EVENTS, *(seam for module in modules for seam in module.SEAMS)]
         assert [row(seam) for seam in (*SEAMS, *of_xinference) if row(seam) not in page] == []
