@@ -44,12 +44,12 @@ def install() -> None:
     Xinference's engine hooks run before any extension is loaded, so the class list is changed in place and the table
     made from it is rebuilt. A catalog refresh appends Xinference's own classes after ours, and the first match wins.
     """
+    xinference_version.warn_if_unsupported()  # first: with such a one an import may fail
     from xinference.model.llm import generate_engine_config_by_model_family, llm_family
     from xinference.model.llm.custom import get_user_defined_llm_families
 
     from .vllm.models import CLASSES
 
-    xinference_version.warn_if_unsupported()
     _define_metrics()
     sub_pools.install()
     model_watch.install()

@@ -37,6 +37,7 @@ from . import (
     pickling,
     replica_log,
     request_arguments,
+    xinference_version,
 )
 from .cluster_link import ClusterLink
 from .push import ids, model_side
@@ -61,6 +62,7 @@ class HostedModel(controlled.Controlled, VLLMModel):
     def __init__(
         self, model_uid: str, model_family: Any, model_path: str, model_config: Any, peft_model: Any = None
     ) -> None:  # Xinference hands LoRA modules only to a class with a parameter of this very name
+        xinference_version.check()  # in the worker: at the launch, before anything is made
         arguments = {} if model_config is None else model_config
         self._options = Settings.options_in(arguments)
         Settings.resolve(self._options)  # a bad one fails here, before anything is made
