@@ -41,7 +41,7 @@ from . import (
 )
 from .cluster_link import ClusterLink
 from .push import ids, model_side
-from .versions import versions
+from .versions import check_vllm, versions
 
 logger = logging.getLogger("xinference.vllm_backend")
 
@@ -78,7 +78,8 @@ class HostedModel(controlled.Controlled, VLLMModel):
         launch_arguments.refuse_unsupported(
             self._enable_weight_cache, self._n_worker, self._get_xinference_executor_backend()
         )
-        if platform.is_cpu_build():
+        self._worker_prefix, self._cpu_host = sys.prefix, platform.is_cpu_build()
+        if self._cpu_host:
             self.model_family = cpu.without_vllm(self.model_family)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -126,7 +127,7 @@ class HostedModel(controlled.Controlled, VLLMModel):
             self._link = ClusterLink(self.model_family.address, self.raw_model_uid)
         self._show(Phase.ENVIRONMENT)
         with self._readable_errors():
-            version.check_version()
+            check_vllm(self._worker_prefix, self._cpu_host, self.model_family.model_name)
             if not self._is_ours():
                 super().load()
                 return
