@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "versions.md"
-ENVIRONMENTS = ("py311", "vllm029", "vllm030", "vllm031", "vllm032", "xinference40")
+ENVIRONMENTS = ("py311", "vllm029", "vllm030", "vllm031", "vllm032", "vllm032-py312", "xinference40")
 COLUMNS = ("environment", "Python", "Xinference", "vLLM", "torch", "seams and engines", "a cluster", "degraded")
 BOUND = 1800  # seconds for the tests of one environment
 ENGINES = ("tests/engine/test_seams.py", "tests/engine/test_supervisor.py")
