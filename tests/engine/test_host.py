@@ -15,12 +15,19 @@ from typing import Any
 
 import cloudpickle
 import pytest
+from packaging.specifiers import SpecifierSet
 from streams import BOUND
 
 from xinf_vllm_backend.demo.tiny_model import model_registration
 from xinf_vllm_backend.engine.death import Death
 from xinf_vllm_backend.engine.lifecycle import State
-from xinf_vllm_backend.errors import BackendError, BadLaunchArgumentError, BadRequestError, EngineStoppedError
+from xinf_vllm_backend.errors import (
+    BackendError,
+    BadLaunchArgumentError,
+    BadRequestError,
+    EngineStoppedError,
+    UnsupportedVersionError,
+)
 from xinf_vllm_backend.plugin import pickling, replica_log
 from xinf_vllm_backend.plugin.cluster_link import DEATHS, RESTARTS
 from xinf_vllm_backend.settings import Settings
@@ -40,6 +47,12 @@ def model(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(replica_log, "_replicas", {})
     yield HostedVLLMChatModel("tiny-rep0", family, str(tiny_model), {"enforce_eager": True, "max_restarts": 1})
     assert replica_log.flush(BOUND)
+
+
+def test_an_xinference_outside_the_range_is_refused_in_the_worker(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xinf_vllm_backend.plugin.xinference_version.SUPPORTED", SpecifierSet("<4"))
+    with pytest.raises(UnsupportedVersionError, match="is outside the range <4"):
+        type(model)("tiny-rep1", model.model_family, model.model_path, {})
 
 
 async def chat(model: Any, tokens: int) -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import inspect
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,6 +48,13 @@ pytestmark = pytest.mark.engine
 )
 def test_what_is_installed_has_the_seam(seam: Seam) -> None:
     assert seam.present()
+
+
+def test_its_sources_have_the_seams_and_take_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    seam_sources = importlib.import_module("tests.seam_sources")
+    package = Path(inspect.getfile(importlib.import_module("vllm"))).parent
+    assert seam_sources.faults(seam_sources.Sources(package.parent)) == []
 
 
 def test_xinferences_dispatch_function_leaves_the_body_of_a_response_alone() -> None:

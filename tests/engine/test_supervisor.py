@@ -69,7 +69,9 @@ async def test_engines_start_side_by_side_each_with_its_own_environment(
         differing.extend(elsewhere.submit(dict, os.environ).result(10).items() ^ before.items())
 
     names = [f"{number}" for number in range(8)]
-    supervisors = [make_supervisor(watch, environment={"XINF_VLLM_TEST_DEVICES": name}) for name in names]
+    supervisors = [
+        make_supervisor(watch, environment={"XINF_VLLM_TEST_DEVICES": name}, dtype="float32") for name in names
+    ]
     before = dict(os.environ)
     await asyncio.gather(*(asyncio.to_thread(supervisor.start) for supervisor in supervisors))
     for name, supervisor in zip(names, supervisors, strict=True):
@@ -182,7 +184,7 @@ async def test_a_killed_engine_leaves_no_file_behind(make_supervisor: Make, monk
 
 
 async def test_a_spawned_engine_answers_as_one_of_the_zygote(make_supervisor: Make) -> None:
-    spawned, forked = make_supervisor(method="spawn"), make_supervisor()
+    spawned, forked = make_supervisor(method="spawn", dtype="float32"), make_supervisor(dtype="float32")
     await asyncio.gather(asyncio.to_thread(spawned.start), asyncio.to_thread(forked.start))
     parents = [psutil.Process(process["pid"]).ppid() for process in forked.processes()]
     assert set(parents) == {preload.zygote_pid()}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import random
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -321,7 +323,7 @@ class Cluster:
         deadline = time.monotonic() + timeout
         for service in reversed(self._services):  # the worker before its supervisor
             if service.poll() is None:
-                service.terminate()
+                service.send_signal(self._stop_signal())
             with contextlib.suppress(subprocess.TimeoutExpired):
                 service.wait(max(0.0, deadline - time.monotonic()))
         with contextlib.suppress(TimeoutError):
@@ -329,6 +331,11 @@ class Cluster:
         left = [f"{process.pid} {title(process)}" for process in self.processes()]
         wait_until(self._all_killed, 10.0, "killed processes to be gone")
         return left
+
+    def _stop_signal(self) -> signal.Signals:
+        """SIGTERM, or Ctrl-C where ``xinference-local`` leaves its worker behind on SIGTERM: Xinference 4.0."""
+        leaves = not self._supervisor_worker and importlib.metadata.version("xinference").startswith("4.0.")
+        return signal.SIGINT if leaves else signal.SIGTERM
 
     def close(self) -> None:
         """Stop, and remove the temporary directory."""

@@ -40,7 +40,7 @@ class VLLMBackendExtension:
 
 def install() -> None:
     """Make this process, whichever of Xinference's it is, one of ours; idempotent."""
-    xinference_version.warn_if_unsupported()
+    xinference_version.warn_if_unsupported()  # first: with such a one an import may fail
     _define_metrics()
     sub_pools.install()
     model_watch.install()

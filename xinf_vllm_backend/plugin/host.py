@@ -8,9 +8,8 @@ from typing import Any
 
 from xinference.model.llm.vllm.core import VLLMModel
 
-from ..engine.seams import platform, start, version
+from ..engine.seams import platform, start
 from ..errors import EngineStoppedError
-from ..settings import Settings
 from . import cpu, engine_log, launch_arguments, request_arguments
 from .hosted import Hosted
 
@@ -28,15 +27,14 @@ class HostedModel(Hosted, VLLMModel):
         self, model_uid: str, model_family: Any, model_path: str, model_config: Any, peft_model: Any = None
     ) -> None:  # Xinference hands LoRA modules only to a class with a parameter of this very name
         arguments = {} if model_config is None else model_config
-        options = Settings.options_in(arguments)
-        Settings.resolve(options)  # a bad one fails here, before anything is made
+        options = self._options_in(arguments)
         given = frozenset(arguments)
         super().__init__(model_uid, model_family, model_path, arguments, peft_model)
         self._host(options, given)
         launch_arguments.refuse_unsupported(
             self._enable_weight_cache, self._n_worker, self._get_xinference_executor_backend()
         )
-        if platform.is_cpu_build():
+        if self._cpu_host:
             self.model_family = cpu.without_vllm(self.model_family)
 
     def _directory(self) -> str:
@@ -75,7 +73,7 @@ class HostedModel(Hosted, VLLMModel):
         """
         started = self._begin_load()
         with self._readable_errors():
-            version.check_version()
+            self._check_vllm()
             if not self._is_ours():
                 super().load()
                 return

@@ -11,22 +11,22 @@ import os
 import re
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 from ..engine import diagnosis, preload
 from ..engine.lifecycle import Move, State
 from ..engine.phase import Phase
-from ..engine.seams import version
+from ..engine.seams import platform, version
 from ..engine.spec import EngineSpec
 from ..engine.supervisor import EngineSupervisor
 from ..engine.watch import busy_factor
 from ..errors import BackendError, BadLaunchArgumentError, EngineStartError
 from ..settings import Settings, variable
-from . import cluster_link, controlled, engine_log, metrics, model_process, pickling, replica_log
+from . import cluster_link, controlled, engine_log, metrics, model_process, pickling, replica_log, xinference_version
 from .cluster_link import ClusterLink
 from .push import ids, model_side
-from .versions import versions
+from .versions import check_vllm, versions
 
 logger = logging.getLogger("xinference.vllm_backend")
 
@@ -46,6 +46,19 @@ class Hosted(controlled.Controlled):
     _loop: Any
     _check_health_task: asyncio.Task[None] | None
 
+    @staticmethod
+    def _options_in(arguments: MutableMapping[str, Any]) -> dict[str, Any]:
+        """Take our options out of the ``arguments`` of a launch, in the worker, before anything is made.
+
+        Raises:
+            BadLaunchArgumentError: one is bad.
+            UnsupportedVersionError: this package was not made for the installed Xinference.
+        """
+        xinference_version.check()
+        options = Settings.options_in(arguments)
+        Settings.resolve(options)
+        return options
+
     def _host(self, options: Mapping[str, Any], given: Iterable[str]) -> None:
         """Prepare for :meth:`load`; called by ``__init__`` when Xinference's own is done.
 
@@ -54,6 +67,7 @@ class Hosted(controlled.Controlled):
             given: names of the others.
         """
         self._options = dict(options)
+        self._worker_prefix, self._cpu_host = sys.prefix, platform.is_cpu_build()
         self._given = frozenset(given)
         self._death_recorded = False  # that of the engine which is being restarted
         self._environment: dict[str, str] = {}  # variables of the engine alone
@@ -90,6 +104,9 @@ class Hosted(controlled.Controlled):
             self._link = ClusterLink(self.model_family.address, self.raw_model_uid)
         self._show(Phase.ENVIRONMENT)
         return started
+
+    def _check_vllm(self) -> None:
+        check_vllm(self._worker_prefix, self._cpu_host, self.model_family.model_name)
 
     def _greet(self) -> None:
         """Be paused as the process before this one was, and say how that one died; blocks."""

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.blocking import BlockingEngine, Requests, calling
-from ..engine.seams import platform, pooling, version
+from ..engine.seams import platform, pooling
 from ..engine.supervisor import EngineSupervisor
 from ..errors import BadLaunchArgumentError, EngineStoppedError
-from ..settings import Settings
 from . import cpu, engine_log, launch_arguments
 from .check import vllm_check
 from .hosted import Hosted
@@ -44,8 +43,7 @@ class HostedPoolingModel(Hosted):
     def __init__(
         self, model_uid: str, model_path: str, model_family: Any, quantization: str | None = None, **arguments: Any
     ) -> None:
-        options = Settings.options_in(arguments)
-        Settings.resolve(options)  # a bad one fails here, before anything is made
+        options = self._options_in(arguments)
         if platform.is_cpu_build():
             model_family = cpu.without_vllm(model_family)
         super().__init__(model_uid, model_path, model_family, quantization, **arguments)  # type: ignore[call-arg]
@@ -80,7 +78,7 @@ class HostedPoolingModel(Hosted):
         """
         started = self._begin_load()
         with self._readable_errors():
-            version.check_version()
+            self._check_vllm()
             launch_arguments.check_model_directory(Path(self._model_path), self._model_spec.model_format, self._given)
             if platform.is_cpu_build():
                 cpu.fill_in(self._kwargs, self._given, self._settings)

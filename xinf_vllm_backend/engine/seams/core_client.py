@@ -22,8 +22,17 @@ logger = logging.getLogger(__name__)
 
 RELEASE_TIMEOUT = 2.0  # seconds
 ASK_INTERVAL = 1.0  # seconds between two heartbeats that could not be sent
-_SOCKETS = ("output_socket", "input_socket", "first_req_send_socket", "first_req_rcv_socket", "stats_update_socket")
+_SOCKETS = (
+    "output_socket",
+    "input_socket",
+    "first_req_send_socket",
+    "first_req_rcv_socket",
+    "scale_send_socket",  # the two above, since 0.33
+    "scale_rcv_socket",
+    "stats_update_socket",
+)
 _TASKS = ("output_queue_task", "stats_update_task")
+HELD = (*_SOCKETS, *_TASKS)  # attributes of BackgroundResources that are released
 
 
 _wrap_client: ContextVar[Callable[[Any], Any]] = ContextVar("what takes the place of the client of EngineCore")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
@@ -29,8 +31,17 @@ def is_supported(found: str, supported: SpecifierSet) -> bool:
         return not str(supported)
 
 
-def check_version() -> None:
+def is_below(directory: str) -> bool:
+    """Whether the vLLM that this process imports is in ``directory``, or deeper; imports nothing."""
+    spec = importlib.util.find_spec("vllm")
+    return spec is not None and spec.origin is not None and Path(spec.origin).is_relative_to(directory)
+
+
+def check_version(remedy: str = "install one that is in it") -> None:
     """Refuse an unsupported vLLM.
+
+    Args:
+        remedy: what to do about one that is out of range.
 
     Raises:
         UnsupportedVersionError: none is installed, or its version is out of range.
@@ -42,6 +53,4 @@ def check_version() -> None:
             "('[cpu]' on a host without GPUs)."
         )
     if not is_supported(found, SUPPORTED):
-        raise UnsupportedVersionError(
-            f"vLLM {found} is outside the supported range {SUPPORTED}; install one that is in it."
-        )
+        raise UnsupportedVersionError(f"vLLM {found} is outside the supported range {SUPPORTED}; {remedy}.")
