@@ -22,8 +22,9 @@ from xinf_vllm_backend.demo.tiny_model import make_tiny_model, model_registratio
 pytestmark = pytest.mark.e2e
 
 BOUND = 120.0  # seconds: a bound, not an aim
+LONG = 1500  # tokens that take longer than a kill
 ENGINE = (
-    *("--dtype", "float32", "--enforce_eager", "true", "--max_model_len", "1024"),
+    *("--dtype", "float32", "--enforce_eager", "true", "--max_model_len", "2048"),
     # Explicit, since what is left of the GPU that is stood in for is divided by them.
     *("--gpu_memory_utilization", "0.1", "--kv_cache_memory_bytes", str(64 << 20)),
 )
@@ -95,6 +96,12 @@ def engine_core(cluster: Cluster) -> psutil.Process:
     return psutil.Process(found)
 
 
+def worker(cluster: Cluster) -> int:
+    """Pid of the engine process that holds the weights: EngineCore has one on a CPU."""
+    (found,) = [process["pid"] for process in status(cluster)["processes"] if "Worker" in process["title"]]
+    return int(found)
+
+
 def text(cluster: Cluster, tokens: int = 40) -> str:
     answer = cluster.openai().completions.create(
         model="cached", prompt="The keeper of the lighthouse", max_tokens=tokens, temperature=0
@@ -122,7 +129,12 @@ class Streaming:
 @pytest.fixture
 def stream(cached: Cluster) -> Iterator[Any]:
     with ThreadPoolExecutor() as pool:
-        yield lambda tokens=800: Streaming(pool, cached, tokens)
+        yield lambda tokens=LONG: Streaming(pool, cached, tokens)
+
+
+def reload_status(cluster: Cluster) -> dict[str, Any]:
+    found: dict[str, Any] = cluster.get("/v1/models/cached/reload")
+    return found
 
 
 def reload(cluster: Cluster, **patch: Any) -> dict[str, Any]:
@@ -133,7 +145,7 @@ def reload(cluster: Cluster, **patch: Any) -> dict[str, Any]:
     assert asked.status_code == httpx.codes.ACCEPTED, asked.text
 
     def ended() -> Any:
-        found = cluster.get("/v1/models/cached/reload")
+        found = reload_status(cluster)
         return found if found and found["status"] in ("ready", "error") else None
 
     found: dict[str, Any] = wait_until(ended, BOUND, "the reload to end")
@@ -141,7 +153,7 @@ def reload(cluster: Cluster, **patch: Any) -> dict[str, Any]:
 
 
 def test_engines_take_their_weights_from_the_daemon_that_a_launch_starts(cached: Cluster) -> None:
-    assert given(cached) == [engine_core(cached).pid]
+    assert given(cached) == [worker(cached)]
     assert text(cached)
     config = cached.get("/v1/models/cached/reload/config")
     assert config["enabled"] is True
@@ -151,10 +163,118 @@ def test_an_engine_that_died_comes_back_with_the_weights_of_its_daemon(
     overwritten: Cluster, stream: Any, checkpoints: tuple[Path, Path]
 ) -> None:
     (daemon,) = daemons(overwritten)
-    undisturbed, dead = text(overwritten, 800), engine_core(overwritten)
+    undisturbed, before, core = text(overwritten, LONG), worker(overwritten), engine_core(overwritten)
     running = stream()
-    dead.kill()
+    core.kill()
     assert running.text() == undisturbed, "the directory holds other weights by now"
     assert daemons(overwritten) == [daemon]
-    assert given(overwritten) == [dead.pid, engine_core(overwritten).pid]
     assert status(overwritten)["restarts"] == 1
+    assert given(overwritten) == [before, worker(overwritten)]
+
+
+def test_a_reload_hands_requests_over_to_another_process_and_ends_none(cached: Cluster, stream: Any) -> None:
+    undisturbed, before = text(cached, LONG), status(cached)
+    (daemon,) = daemons(cached)
+    running = stream()
+    assert reload(cached, max_num_seqs=7) | {"weights_reused": True, "status": "ready"} == reload_status(cached)
+    after = status(cached)
+    assert after["pid"] != before["pid"]
+    assert after["started"] == before["started"]
+    assert after["settings"] == before["settings"], "those of the launch"
+    assert text(cached, LONG) == undisturbed, "of the new process"
+    assert running.text() == undisturbed, "of the old one"
+    assert daemons(cached) == [daemon]
+    assert worker(cached) in given(cached)
+    wait_until(lambda: len(cached.engine_processes("EngineCore")) == 1, BOUND, "the old engine to be gone")
+    assert text(cached, LONG) == undisturbed
+
+
+def test_an_engine_that_died_after_a_reload_comes_back_in_its_process(cached: Cluster, stream: Any) -> None:
+    undisturbed = text(cached, LONG)
+    reload(cached, max_num_seqs=7)
+    serving, (daemon,), core = status(cached)["pid"], daemons(cached), engine_core(cached)
+    running = stream()
+    core.kill()
+    assert running.text() == undisturbed
+    assert (status(cached)["pid"], status(cached)["restarts"]) == (serving, 1)
+    assert daemons(cached) == [daemon]
+
+
+def test_requests_outlive_the_process_that_serves_after_a_reload(cached: Cluster, stream: Any) -> None:
+    undisturbed = text(cached, LONG)
+    reload(cached, max_num_seqs=7)
+    serving, (daemon,) = status(cached)["pid"], daemons(cached)
+    running = stream()
+    psutil.Process(serving).kill()
+    assert running.text() == undisturbed
+    assert status(cached)["pid"] != serving
+    assert not daemon.is_running(), "a model that is launched again has a daemon of its own"
+    assert cached.get("/v1/models/cached/reload/config")["model_config"]["max_num_seqs"] == 7
+
+
+def test_a_process_that_hangs_after_a_reload_is_ended(cached: Cluster, stream: Any) -> None:
+    undisturbed = text(cached, LONG)
+    reload(cached, max_num_seqs=7)
+    serving = psutil.Process(status(cached)["pid"])
+    running = stream()
+    serving.suspend()
+    assert running.text() == undisturbed
+    assert not serving.is_running()
+
+
+def test_a_reload_takes_a_checkpoint_that_lies_in_the_place_of_the_other(
+    overwritten: Cluster, stream: Any, checkpoints: tuple[Path, Path]
+) -> None:
+    of_the_first = text(overwritten, LONG)
+    (before,) = daemons(overwritten)
+    running = stream()
+    assert reload(overwritten, max_num_seqs=7)["weights_reused"] is False, "though vLLM takes them for the same"
+    assert text(overwritten, LONG) != of_the_first
+    assert running.text() == of_the_first
+    wait_until(lambda: not before.is_running(), BOUND, "the first daemon to be gone")
+    assert len(daemons(overwritten)) == 1
+
+
+def test_a_copy_of_the_checkpoint_is_known_as_the_same(cached: Cluster, checkpoints: tuple[Path, Path]) -> None:
+    weights, kept = checkpoints[0] / weight_stand_in.WEIGHTS, checkpoints[0] / "kept"
+    weights.rename(kept)
+    shutil.copyfile(kept, weights)
+    try:
+        assert reload(cached, max_num_seqs=7)["weights_reused"] is True
+    finally:
+        kept.rename(weights)
+
+
+def test_without_its_daemon_an_engine_is_not_restarted_in_place(cached: Cluster, stream: Any) -> None:
+    undisturbed, serving, (daemon,), core = (
+        text(cached, LONG),
+        status(cached)["pid"],
+        daemons(cached),
+        engine_core(cached),
+    )
+    running = stream()
+    daemon.kill()
+    core.kill()
+    assert running.text() == undisturbed
+    assert status(cached)["pid"] != serving
+    assert "the daemon of its weight cache is gone" in status(cached)["last_error"]["reason"]
+
+
+def test_a_paused_model_is_not_reloaded(cached: Cluster) -> None:
+    httpx.post(f"{cached.endpoint}/v1/models/cached/pause", trust_env=False, timeout=BOUND).raise_for_status()
+    assert "cannot be reloaded: it is paused; resume it first" in reload(cached, max_num_seqs=7)["error"]
+    httpx.post(f"{cached.endpoint}/v1/models/cached/resume", trust_env=False, timeout=BOUND).raise_for_status()
+    assert text(cached)
+
+
+def test_nothing_is_left_when_the_model_process_is_killed_or_the_model_is_stopped(cached: Cluster) -> None:
+    (before,) = daemons(cached)
+    directory = Path(before.cmdline()[-1]).parent
+    psutil.Process(status(cached)["pid"]).kill()
+    wait_until(lambda: not before.is_running() and not directory.exists(), BOUND, "the daemon and its files to be gone")
+    wait_until(lambda: cached.answers("cached"), BOUND, "the model to be back")
+    (after,) = daemons(cached)
+    directory = Path(after.cmdline()[-1]).parent
+    assert directory.exists()
+    cached.cli("terminate", "--model-uid", "cached")
+    wait_until(lambda: not after.is_running() and not directory.exists(), BOUND, "the daemon and its files to be gone")

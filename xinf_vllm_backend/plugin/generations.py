@@ -127,6 +127,7 @@ def _exporting(original: Callable[..., Awaitable[dict[str, Any]]]) -> Callable[.
             return described
         described["module"] = CORE
         described["config"] |= model.options()
+        described["runtime_env"] = model_process.as_given(described["runtime_env"])
         described[OURS] = Arrival(model.raw_model_uid, model.start_method(), str(model.model_path))
         if not await model.holds_checkpoint():
             # Xinference compares it with what is installed, and then starts another daemon.
