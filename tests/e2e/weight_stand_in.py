@@ -139,7 +139,7 @@ def register() -> None:
         return
 
     @register_model_loader("ipc_cache")
-    class Loader(DefaultModelLoader):  # type: ignore[misc]
+    class Loader(DefaultModelLoader):
         def __init__(self, config: Any) -> None:
             import dataclasses
 

@@ -24,7 +24,16 @@ from xinf_vllm_backend.engine.client import EngineClient
 from xinf_vllm_backend.engine.seams import SEAMS, Seam, child, core_client, platform, resuming, start, version
 from xinf_vllm_backend.engine.seams.start import CONTEXT, INSPECTION
 from xinf_vllm_backend.errors import CannotResumeError, UnsupportedVersionError
-from xinf_vllm_backend.plugin import metrics, middleware, model_cache, model_watch, relaunch, sub_pools
+from xinf_vllm_backend.plugin import (
+    generations,
+    metrics,
+    middleware,
+    model_cache,
+    model_watch,
+    relaunch,
+    sub_pools,
+    weight_cache,
+)
 from xinf_vllm_backend.plugin.push import api_side, ids, model_side, served
 from xinf_vllm_backend.process.context import EngineContext
 from xinf_vllm_backend.settings import Settings
@@ -174,6 +183,8 @@ class TestSeam:
             ids,
             metrics,
             model_cache,
+            weight_cache,
+            generations,
             middleware,
         )
         of_xinference = [api_side.EVENTS, *(seam for module in modules for seam in module.SEAMS)]

@@ -102,5 +102,5 @@ def _janitor(directory: Path, others: str | Path, mark: str, until_end: Connecti
             start_new_session=True,  # not ended by Ctrl-C
         )
     except OSError as error:
-        logger.warning("Files of killed processes will stay in %s and %s: %s", directory, others, error)
+        logger.warning("Files of killed engines will stay in %s and %s: %s", directory, others, error)
         return None
