@@ -34,7 +34,10 @@ ENGINE = (
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two checkpoints that differ by the values of their weights alone."""
     root = tmp_path_factory.mktemp("checkpoints")
-    one, other = make_tiny_model(root / "one", seed=1), make_tiny_model(root / "other", seed=2)
+    one, other = (
+        make_tiny_model(root / name, seed=seed, max_position_embeddings=16384)
+        for seed, name in enumerate(("one", "other"))
+    )
     assert weight_stand_in.header(one / weight_stand_in.WEIGHTS) == weight_stand_in.header(
         other / weight_stand_in.WEIGHTS
     )
