@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from . import control, events, journal, kills, partition, profile, recovery, serving, stalls, startup
+from . import control, events, journal, kills, partition, pooling, profile, recovery, serving, stalls, startup
 
 benchmarks = click.Group(
     "bench",
@@ -14,6 +14,7 @@ benchmarks = click.Group(
         "journal": journal.main,
         "kills": kills.main,
         "partition": partition.main,
+        "pooling": pooling.main,
         "profile": profile.main,
         "recovery": recovery.main,
         "serving": serving.main,

@@ -92,9 +92,9 @@ async def launch(**arguments: Any) -> Any:
 
 
 class TestWhichAreForked:
-    @pytest.mark.parametrize("engine", ["vllm", "vLLM", "VLLM"])
-    async def test_a_model_of_ours(self, zygotes: Zygotes, engine: str) -> None:
-        assert await launch(model_engine=engine) == ("forked", zygotes.processes[0])
+    @pytest.mark.parametrize(("engine", "kind"), [("vllm", "LLM"), ("vLLM", "embedding"), ("VLLM", "rerank")])
+    async def test_a_model_of_ours(self, zygotes: Zygotes, engine: str, kind: str) -> None:
+        assert await launch(model_engine=engine, model_type=kind) == ("forked", zygotes.processes[0])
         [(command, environment, blocked)] = zygotes.asked
         assert (command, environment, blocked) == (COMMAND, {"A": "1"}, {signal.SIGINT})
 
@@ -103,7 +103,7 @@ class TestWhichAreForked:
         [
             {"model_engine": "transformers"},
             {"model_engine": None},
-            {"model_engine": "vllm", "model_type": "embedding"},
+            {"model_engine": "vllm", "model_type": "audio"},
             {"model_engine": "vllm", "n_worker": 2},
             {"model_engine": "vllm", "xavier_config": {"rank": 1}},
         ],

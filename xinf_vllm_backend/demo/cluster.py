@@ -206,11 +206,12 @@ class Cluster:
         """The command line that :meth:`cli` runs."""
         return [_program("xinference"), command, "-e", self.endpoint, *args]
 
-    def register(self, definition: dict[str, Any], persist: bool = False) -> None:
-        """``xinference register`` a custom LLM (see :func:`.tiny_model.model_registration`).
+    def register(self, definition: dict[str, Any], persist: bool = False, model_type: str = "LLM") -> None:
+        """``xinference register`` a custom model (see :func:`.tiny_model.model_registration`).
 
         Args:
             definition: of the model.
+            model_type: "LLM", "embedding" or "rerank".
             persist: write it to Xinference's home, too; only then does a worker that is started later know it.
 
         Raises:
@@ -219,7 +220,7 @@ class Cluster:
         path = self.directory / f"{definition['model_name']}.json"
         path.write_text(json.dumps(definition))
         kept = ("--persist",) if persist else ()
-        done = self.cli("register", "--model-type", "LLM", "--file", str(path), *kept)
+        done = self.cli("register", "--model-type", model_type, "--file", str(path), *kept)
         if done.returncode != 0:
             raise RuntimeError(f"model {definition['model_name']} was not registered: {done.stderr.strip()[-1000:]}")
 

@@ -58,7 +58,7 @@ def make_tiny_model(directory: Path, *, seed: int = 0, **overrides: Any) -> Path
     """
     directory = directory.resolve()
     directory.mkdir(parents=True, exist_ok=True)
-    vocabulary, unlikely = _write_tokenizer(directory, SPECIAL_TOKENS)
+    vocabulary, unlikely = write_tokenizer(directory)
     config = {**_text_config(vocabulary), **overrides}
     _write_configs(directory, config, config)
     _write_weights(directory, _text_weights(config, unlikely, _Random(seed, config["initializer_range"])))
@@ -109,7 +109,7 @@ def make_tiny_multimodal_model(directory: Path, *, seed: int = 0) -> Path:
     """
     directory = directory.resolve()
     directory.mkdir(parents=True, exist_ok=True)
-    vocabulary, unlikely = _write_tokenizer(directory, SPECIAL_TOKENS + AUDIO_TOKENS, CHATML_AUDIO)
+    vocabulary, unlikely = write_tokenizer(directory, SPECIAL_TOKENS + AUDIO_TOKENS, CHATML_AUDIO)
     text = _text_config(vocabulary)
     audio: dict[str, Any] = {
         "model_type": "qwen2_audio_encoder",
@@ -272,10 +272,10 @@ def _write_configs(directory: Path, config: dict[str, Any], text_config: dict[st
     _write_json(directory / "generation_config.json", end)
 
 
-def _write_tokenizer(
-    directory: Path, special_tokens: Sequence[str], chat_template: str = CHATML
+def write_tokenizer(
+    directory: Path, special_tokens: Sequence[str] = SPECIAL_TOKENS, chat_template: str = CHATML
 ) -> tuple[int, list[int]]:
-    """Train a byte-level BPE tokenizer on the built-in text.
+    """Train a byte-level BPE tokenizer on the built-in text, and write it into ``directory``.
 
     Returns:
         Its size, and the ids that no text should hold: the special tokens and the bytes that the built-in text lacks.

@@ -6,7 +6,16 @@ import gc
 from typing import Any
 
 from ..__version__ import __version__
-from . import generations, metrics, model_cache, model_watch, relaunch, sub_pools, xinference_version
+from . import (
+    generations,
+    metrics,
+    model_cache,
+    model_watch,
+    registration,
+    relaunch,
+    sub_pools,
+    xinference_version,
+)
 from .cluster_link import METRICS
 
 
@@ -39,16 +48,7 @@ class VLLMBackendExtension:
 
 
 def install() -> None:
-    """Make "vLLM" mean our classes in this process; idempotent.
-
-    Xinference's engine hooks run before any extension is loaded, so the class list is changed in place and the table
-    made from it is rebuilt. A catalog refresh appends Xinference's own classes after ours, and the first match wins.
-    """
-    from xinference.model.llm import generate_engine_config_by_model_family, llm_family
-    from xinference.model.llm.custom import get_user_defined_llm_families
-
-    from .vllm.models import CLASSES
-
+    """Make this process, whichever of Xinference's it is, one of ours; idempotent."""
     xinference_version.warn_if_unsupported()
     _define_metrics()
     sub_pools.install()
@@ -57,14 +57,7 @@ def install() -> None:
     generations.install_in_worker()
     metrics.install_in_worker()
     model_cache.install()
-    if tuple(llm_family.VLLM_CLASSES[: len(CLASSES)]) == CLASSES:
-        return
-    llm_family.VLLM_CLASSES[:] = CLASSES
-    engines: dict[str, Any] = {}
-    for family in (*llm_family.BUILTIN_LLM_FAMILIES, *get_user_defined_llm_families()):
-        generate_engine_config_by_model_family(family, engines)
-    llm_family.LLM_ENGINES.clear()
-    llm_family.LLM_ENGINES.update(engines)
+    registration.install()
 
 
 def _define_metrics() -> None:

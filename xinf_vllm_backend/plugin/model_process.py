@@ -28,6 +28,7 @@ _MODULES = (
     "xinference.core.event",
     "xinference.model.llm.vllm.reasoning",
     "xinf_vllm_backend.plugin.vllm.models",
+    "xinf_vllm_backend.plugin.vllm.pooling_models",
 )
 
 

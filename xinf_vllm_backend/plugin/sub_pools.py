@@ -223,7 +223,7 @@ def is_of_ours(
 ) -> bool:
     """Whether a launch with these arguments, or these kept ones, makes a model that this package runs itself."""
     return (
-        model_type.upper() == "LLM"
+        model_type.upper() in ("LLM", "EMBEDDING", "RERANK")
         and (model_engine or "").upper() == "VLLM"
         and (n_worker or 1) == 1
         and not xavier_config

@@ -57,8 +57,8 @@ class Seam:
         if not hasattr(original, "_xinf_vllm_original"):
             replacement = wrapper(original)
             replacement._xinf_vllm_original = original  # type: ignore[attr-defined]
-            is_static = isinstance(inspect.getattr_static(owner, last), staticmethod)
-            setattr(owner, last, staticmethod(replacement) if is_static else replacement)
+            is_bound = isinstance(inspect.getattr_static(owner, last), (staticmethod, classmethod))  # ``original`` is
+            setattr(owner, last, staticmethod(replacement) if is_bound else replacement)
         return True
 
     def _found(self) -> tuple[str, str, Any] | None:

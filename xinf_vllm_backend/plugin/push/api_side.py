@@ -1,7 +1,8 @@
 """The API process: requests to models of ours go by links, and outlive their model process.
 
 Xinference's API gets its supervisor from one method. What that returns is wrapped, and so are the models that the
-supervisor returns: a chat or generate of ours names a link, and is read from it.
+supervisor returns: a chat or generate of ours names a link, and is read from it. An embedding or rerank names one, too,
+which tells of the end of the process; its answer comes by the call itself.
 """
 
 from __future__ import annotations
@@ -267,9 +268,19 @@ class Model:
     async def generate(self, *args: Any, **kwargs: Any) -> Any:
         return await self._call("generate", args, kwargs)
 
+    async def create_embedding(self, *args: Any, **kwargs: Any) -> Any:
+        return await self._pool("create_embedding", args, kwargs)
+
+    async def rerank(self, *args: Any, **kwargs: Any) -> Any:
+        return await self._pool("rerank", args, kwargs)
+
     async def abort_request(self, *args: Any, **kwargs: Any) -> Any:
         ref = self._ref if self._stream is None else self._stream.ref
         return None if ref is None else await asyncio.wait_for(ref.abort_request(*args, **kwargs), ASK)
+
+    async def _pool(self, method: str, args: Any, kwargs: Any) -> Any:
+        self._models.links.expect(self._ref)
+        return await self._call(method, args, kwargs)
 
     async def _call(self, method: str, args: Any, kwargs: Any) -> Any:
         request = Request(method, args, kwargs)

@@ -17,6 +17,7 @@ logger = logging.getLogger("xinference.vllm_backend")
 
 ASK = 10.0  # seconds for a model to offer a link, and to end a stream
 RETRY = 30.0  # seconds after which a link that could not be made is tried again
+OTHERS = 600.0  # seconds for which a model that is none of ours is not asked for a link
 
 
 class Peer:
@@ -66,12 +67,18 @@ class Links:
         self._peers.setdefault((ref.address, ref.uid), Peer())
         return True
 
+    def expect(self, ref: Any) -> None:
+        """The model ``ref`` may be one of ours, although Xinference does not say so."""
+        self._peers.setdefault((ref.address, ref.uid), Peer())
+
     async def linked(self, ref: Any) -> Peer | None:
         """What is known of the model ``ref``, with a link if one can be made; None if it is none of vLLM's."""
         peer = self._peers.get((ref.address, ref.uid))
         if peer is not None and peer.current() is None and time.monotonic() >= peer.not_before:
             try:
                 await self.make(ref)
+            except AttributeError:
+                peer.not_before = time.monotonic() + OTHERS
             except Exception as error:  # whatever it is, the streams are pulled
                 peer.not_before = time.monotonic() + RETRY
                 logger.warning("Streams of %s are pulled item by item, there is no link: %s", ref.uid, error)
