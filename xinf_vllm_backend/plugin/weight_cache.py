@@ -149,8 +149,8 @@ class Cached:
 
     raw_model_uid: str
     model_path: str
-    _enable_weight_cache: bool
-    _weight_cache: Any
+    _enable_weight_cache = False
+    _weight_cache: Any = None
     _engine: Any
     _settings: Settings
     _options: dict[str, Any]
