@@ -6,6 +6,10 @@ import asyncio
 import os
 import pickle
 import sys
+import threading
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,11 +17,14 @@ import pytest
 from stubs import put_modules
 
 from xinf_vllm_backend.engine.lifecycle import State
-from xinf_vllm_backend.errors import EngineDiedError
-from xinf_vllm_backend.plugin import generations, replica_log, weight_cache
+from xinf_vllm_backend.errors import BadLaunchArgumentError, EngineDiedError, EngineStartError
+from xinf_vllm_backend.plugin import checkpoint, generations, replica_log, weight_cache
 from xinf_vllm_backend.plugin.generations import Arrival
+from xinf_vllm_backend.settings import Settings
 
 OWN = os.getpid()
+BOUND = 30.0  # seconds; only a hang reaches it
+LOAD_TIMEOUT = 77.0
 
 
 class TestMemoryOfForkedEngines:
@@ -48,6 +55,127 @@ class TestWhyADaemonFailed:
 
     def test_is_what_xinference_says_of_it_otherwise(self) -> None:
         assert "Timed out waiting" in weight_cache._cause(RuntimeError("Timed out waiting for the daemon"))
+
+
+class Daemon:
+    """Xinference's: it starts a process, and knows nothing of checkpoints."""
+
+    def __init__(self, engine: str, model_path: str, config: Any) -> None:
+        self.model_path = model_path
+        self.directory = Path(config["directory"])
+        self.timeouts: list[float] = []
+        self.error: Exception | None = None
+
+    def start(self, timeout: float = 1800, *, python_executable: str | None = None) -> None:
+        self.timeouts.append(timeout)
+        if self.error is not None:
+            self.stop()
+            raise self.error
+
+    def stop(self) -> None: ...
+
+    def export(self) -> dict[str, Any]:
+        return {"pid": 7}
+
+
+class Lease(Daemon):
+    def __init__(self, descriptor: Any) -> None:
+        self.pid = descriptor["pid"]
+
+
+class TestADaemon:
+    @pytest.fixture
+    def daemon(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+        monkeypatch.setattr(checkpoint, "_kept", lambda directory: tmp_path / "kept.json")
+        for name in ("model", "sockets"):
+            (tmp_path / name).mkdir()
+        (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
+        made = weight_cache._daemon(Daemon)("vllm", str(tmp_path / "model"), {"directory": tmp_path / "sockets"})
+        yield made
+        made.stop()
+
+    def test_knows_the_checkpoint_that_it_holds_and_tells_those_who_take_from_it(self, daemon: Any) -> None:
+        daemon.start(python_executable="python")
+        lease = weight_cache._lease(Lease)(daemon.export())
+        assert lease.pid == 7
+        assert lease.checkpoint == daemon.checkpoint
+        assert lease.checkpoint.checksum is not None
+        assert lease.checkpoint.is_there(threading.Event())
+
+    def test_has_no_longer_than_the_load(self, daemon: Any) -> None:
+        token = weight_cache._patience.set(5.0)
+        try:
+            daemon.start()
+            daemon.start(timeout=2)
+        finally:
+            weight_cache._patience.reset(token)
+        assert daemon.timeouts == [5.0, 2]
+
+    def test_leaves_no_directory_however_it_ends(self, daemon: Any) -> None:
+        daemon.error = RuntimeError("it failed")
+        with pytest.raises(RuntimeError, match="it failed"):
+            daemon.start()
+        assert not daemon.directory.exists()
+        daemon.stop()
+
+    def test_of_another_installation_tells_no_checkpoint(self) -> None:
+        assert weight_cache._lease(Lease)({"pid": 7}).checkpoint is None
+
+
+class Upstreams:
+    """Xinference's model."""
+
+    error: Exception
+
+    def _prepare_weight_cache(self) -> None:
+        assert weight_cache._patience.get() == LOAD_TIMEOUT
+        raise self.error
+
+
+class Cached(weight_cache.Cached, Upstreams):
+    raw_model_uid = "tiny-rep0"
+    _settings = Settings(load_timeout=LOAD_TIMEOUT)
+    _engine = None
+
+
+class TestAModel:
+    @pytest.mark.parametrize(
+        ("error", "raised", "text"),
+        [
+            (PackageNotFoundError("vllm"), BadLaunchArgumentError, "the installed vLLM is a build for CPUs"),
+            (RuntimeError(f"{weight_cache.FAILED}no memory"), EngineStartError, "tiny-rep0 failed to start: no memory"),
+            (ValueError("no adapters"), ValueError, "no adapters"),
+        ],
+    )
+    def test_whose_cache_cannot_be_says_why(
+        self, error: Exception, raised: type[Exception], text: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Upstreams, "error", error, raising=False)
+        with pytest.raises(raised, match=text):
+            Cached()._prepare_weight_cache()
+
+    def test_whose_daemon_is_gone_says_so_and_one_without_a_cache_nothing(self) -> None:
+        model = Cached()
+        assert model.why_cache_is_gone() == ""
+
+        def client_config() -> None:
+            raise RuntimeError("Weight cache rank is unavailable")
+
+        model._weight_cache = SimpleNamespace(client_config=client_config)
+        assert model.why_cache_is_gone() == (
+            "the daemon of its weight cache is gone (Weight cache rank is unavailable)"
+        )
+
+    async def test_holds_no_checkpoint_that_it_does_not_know(self) -> None:
+        assert not await Cached().holds_checkpoint()
+
+    async def test_does_not_wait_for_a_checkpoint_without_bound(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = Cached()
+        monkeypatch.setattr(model, "_settings", Settings(load_timeout=0.05), raising=False)
+        model._weight_cache = SimpleNamespace(
+            checkpoint=SimpleNamespace(is_there=lambda stop: not stop.wait(BOUND), checksum=None)
+        )
+        assert not await model.holds_checkpoint()
 
 
 class TestAnArrival:
