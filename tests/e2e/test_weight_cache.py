@@ -152,6 +152,7 @@ def reload(cluster: Cluster, **patch: Any) -> dict[str, Any]:
 
 def test_engines_take_their_weights_from_the_daemon_that_a_launch_starts(cached: Cluster) -> None:
     assert given(cached) == [worker(cached)]
+    assert len(status(cached)["weight_cache"]["checksum"]) == 64
     assert text(cached)
     config = cached.get("/v1/models/cached/reload/config")
     assert config["enabled"] is True

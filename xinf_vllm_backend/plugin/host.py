@@ -115,6 +115,9 @@ class HostedModel(Hosted, weight_cache.Cached, VLLMModel):
         request_arguments.check_guided_json(config["guided_json"])
         return config
 
+    async def engine_status(self) -> dict[str, Any]:
+        return {**await super().engine_status(), "weight_cache": self.weight_cache_status()}
+
     # -- requests that go on
 
     def _why_not_again(self) -> str:
