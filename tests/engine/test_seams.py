@@ -20,7 +20,15 @@ from xinf_vllm_backend.engine.seams import (
     start,
     version,
 )
-from xinf_vllm_backend.plugin import generations, metrics, middleware, model_cache, sub_pools, weight_cache
+from xinf_vllm_backend.plugin import (
+    generations,
+    metrics,
+    middleware,
+    model_cache,
+    named_parsers,
+    sub_pools,
+    weight_cache,
+)
 from xinf_vllm_backend.plugin.push import api_side, ids, model_side, served
 from xinf_vllm_backend.process.context import EngineContext
 
@@ -42,6 +50,7 @@ pytestmark = pytest.mark.engine
         *weight_cache.SEAMS,
         *generations.SEAMS,
         *middleware.SEAMS,
+        *named_parsers.SEAMS,
     ),
     ids=lambda seam: seam.name,
 )

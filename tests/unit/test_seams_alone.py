@@ -30,6 +30,7 @@ from xinf_vllm_backend.plugin import (
     middleware,
     model_cache,
     model_watch,
+    named_parsers,
     relaunch,
     sub_pools,
     weight_cache,
@@ -45,6 +46,7 @@ COMMON = {"add_request_async", "abort_requests_async", "get_output_async", "reso
     "outputs",
     "request_id",
     "models",
+    "parse",
     "sleep",
     "put",
     "seed",
@@ -186,6 +188,7 @@ class TestSeam:
             weight_cache,
             generations,
             middleware,
+            named_parsers,
         )
         of_xinference = [api_side.EVENTS, *(seam for module in modules for seam in module.SEAMS)]
         assert [row(seam) for seam in (*SEAMS, *of_xinference) if row(seam) not in page] == []

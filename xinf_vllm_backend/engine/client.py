@@ -28,10 +28,11 @@ from ..errors import (
 from ..settings import Settings
 from . import quarantine, replay
 from .admission import Admission
+from .batches import Batches
 from .death import RequestInFlight
 from .journal import Entry, Journal
 from .replay import Record
-from .seams import core_client, exceptions, resuming
+from .seams import core_client, exceptions, pooling, resuming
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ class EngineClient:
         self._on_inexact = on_inexact
         self._on_refit = on_refit
         self.journal = Journal()
+        self._batches = Batches(self.journal, self._resend)
         self.admission = Admission(name)
         self.on_wanted: Callable[[], bool] = lambda: False
         self.resources = SimpleNamespace(engine_dead=False)
@@ -266,6 +268,7 @@ class EngineClient:
 
     def _end(self, entry: Entry, error: Exception) -> None:
         self.journal.close((entry.id,))
+        self._batches.look()
         self._fail(entry.id, error)
 
     def in_flight(self) -> tuple[RequestInFlight, ...]:
@@ -290,7 +293,10 @@ class EngineClient:
         if record is not None and record.given:
             self._replay(entry, record)
         elif self._core is not None and not self._resending and self._is_let(entry):
-            await self._send(entry, request)
+            if pooling.is_of(request):
+                self._batches.add(entry)
+            else:
+                await self._send(entry, request)
 
     # -- requests that another process has begun
 
@@ -365,6 +371,7 @@ class EngineClient:
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         self.journal.close(request_ids)
+        self._batches.look()
         if self._core is not None:
             try:
                 await self._core.abort_requests_async(request_ids)
@@ -393,6 +400,7 @@ class EngineClient:
                 if aborted := self.journal.deliver(given, rank):
                     core_client.drop(outputs, aborted)
                     self._found_dead(core)  # it is ending, and its requests go on elsewhere
+                self._batches.look()
                 return outputs
 
     def _end_unresumable(self, outputs: Any) -> None:

@@ -82,6 +82,7 @@ class Hosted(controlled.Controlled):
         """Prepare this process for the engine; ``time.monotonic()`` at the beginning of the load."""
         started = time.monotonic()
         self._settings = Settings.resolve(self._options)
+        self._busy_factor = busy_factor(self._settings)
         model_process.stacks_file()
         metrics.install_in_model_process()
         model_side.install_in_model_process()
@@ -265,7 +266,7 @@ class Hosted(controlled.Controlled):
         """
         return {
             "settings": self._settings.model_dump(),
-            "busy_factor": busy_factor(self._settings),
+            "busy_factor": self._busy_factor,
             "stacks": model_process.stacks_file(),
         }
 

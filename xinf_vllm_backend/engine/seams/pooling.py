@@ -28,7 +28,19 @@ SYNC_ENGINE = Seam(
     "vllm.v1.engine.llm_engine", "LLMEngine.from_engine_args", ASYNC_ENGINE.used_for, ASYNC_ENGINE.without
 )
 ARGUMENTS = Seam("vllm.engine.arg_utils", "AsyncEngineArgs", ASYNC_ENGINE.used_for, ASYNC_ENGINE.without)
-SEAMS = (ASYNC_ENGINE, SYNC_ENGINE, ARGUMENTS)
+PROGRESS_BAR = Seam(
+    "vllm.entrypoints.pooling.offline",
+    "tqdm",
+    "keeping the progress bar of each request to a model that embeds images out of the log",
+    "it is drawn there, which takes time",
+)
+HOSTING = (ASYNC_ENGINE, SYNC_ENGINE, ARGUMENTS)
+REQUEST = Seam(
+    "vllm.v1.engine",
+    "EngineCoreRequest.pooling_params",
+    "sending pooling requests to the engine together",
+    "each is sent at once, and steps are smaller",
+)
 
 
 @contextlib.contextmanager
@@ -43,11 +55,12 @@ def engines_made_by(make: Factory, make_blocking: Factory) -> Iterator[None]:
     Raises:
         UnsupportedVersionError: this vLLM makes its engines otherwise.
     """
-    if gone := [seam.name for seam in SEAMS if not seam.present()]:
+    if gone := [seam.name for seam in HOSTING if not seam.present()]:
         raise UnsupportedVersionError(
             f"vLLM {version()} has no {', '.join(gone)}, so it cannot run embedding and rerank models; install "
             "another version."
         )
+    PROGRESS_BAR.wrap(lambda original: functools.partial(original, disable=True))
     ASYNC_ENGINE.wrap(functools.partial(_replaced, 0))
     SYNC_ENGINE.wrap(functools.partial(_replaced, 1))
     token = _instead.set((make, make_blocking))
@@ -88,3 +101,8 @@ def is_blocking(engine: Any) -> bool:
 def pools(engine: Any) -> bool:
     """Whether ``engine``, an ``LLM``, has a model that pools."""
     return bool(getattr(engine, "runner_type", "pooling") == "pooling")
+
+
+def is_of(request: Any) -> bool:
+    """Whether ``request``, an ``EngineCoreRequest``, pools."""
+    return getattr(request, "pooling_params", None) is not None

@@ -40,7 +40,7 @@ class _Drawn:
         return _drawn() or uuid.uuid1()
 
     def uuid4(self) -> uuid.UUID:
-        return _drawn() or uuid.uuid4()
+        return drawn()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(uuid, name)
@@ -49,6 +49,11 @@ class _Drawn:
 def _drawn() -> uuid.UUID | None:
     source = _source.get()
     return None if source is None else uuid.UUID(int=source.getrandbits(128), version=4)
+
+
+def drawn() -> uuid.UUID:
+    """An id, from what ids are drawn from in this context, or else at random."""
+    return _drawn() or uuid.uuid4()
 
 
 def install() -> None:

@@ -183,13 +183,18 @@ class Notebook:
 
     Attributes:
         record: what its reader was given.
-        ids: what the ids in its chunks are drawn from.
+        seed: of the ids in its chunks.
         had: number of its chunks that the reader has, from another process.
     """
 
     record: Record
-    ids: random.Random
+    seed: str
     had: int
+
+    @functools.cached_property
+    def ids(self) -> random.Random:
+        """What the ids in its chunks are drawn from."""
+        return random.Random(self.seed)
 
 
 class Links:
@@ -247,7 +252,7 @@ class Links:
         if asked is None:
             return None
         record = Record(self.fingerprint, asked.get("notes", b""))
-        return Notebook(record, random.Random(asked["seed"]), asked.get("chunks", 0))
+        return Notebook(record, asked["seed"], asked.get("chunks", 0))
 
     def again(self, first: tuple[str, int], name: str, key: int, received: int) -> None:
         """See :func:`_push_again`."""

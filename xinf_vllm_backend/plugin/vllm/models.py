@@ -10,6 +10,7 @@ from xinference.model.llm.vllm.core import VLLMChatModel, VLLMModel, VLLMMultiMo
 from ..check import vllm_check
 from ..host import HostedModel
 from ..hosted import undecorated
+from ..parsed import ParsedChats, as_it_comes, parsed
 from ..push.model_side import pushed
 from ..request_arguments import lora_checked
 
@@ -18,14 +19,14 @@ class HostedVLLMModel(HostedModel):
     async_generate = pushed(vllm_check(lora_checked(undecorated(VLLMModel.async_generate))))
 
 
-class HostedVLLMChatModel(HostedModel, VLLMChatModel):
-    async_generate = pushed(vllm_check(lora_checked(undecorated(VLLMChatModel.async_generate))))
-    async_chat = pushed(vllm_check(undecorated(VLLMChatModel.async_chat)))
+class HostedVLLMChatModel(ParsedChats, HostedModel, VLLMChatModel):
+    async_generate = pushed(vllm_check(lora_checked(as_it_comes(undecorated(VLLMChatModel.async_generate)))))
+    async_chat = pushed(vllm_check(parsed(undecorated(VLLMChatModel.async_chat))))
 
 
-class HostedVLLMMultiModel(HostedModel, VLLMMultiModel):
-    async_generate = pushed(vllm_check(lora_checked(undecorated(VLLMMultiModel.async_generate))))
-    async_chat = pushed(vllm_check(undecorated(VLLMMultiModel.async_chat)))
+class HostedVLLMMultiModel(ParsedChats, HostedModel, VLLMMultiModel):
+    async_generate = pushed(vllm_check(lora_checked(as_it_comes(undecorated(VLLMMultiModel.async_generate)))))
+    async_chat = pushed(vllm_check(parsed(undecorated(VLLMMultiModel.async_chat))))
 
 
 # Chat before base, so that a model that can chat and generate gets the class that can do both.
