@@ -22,7 +22,15 @@ from xinf_vllm_backend.engine.seams import (
     start,
     version,
 )
-from xinf_vllm_backend.plugin import metrics, middleware, model_cache, named_parsers, sub_pools
+from xinf_vllm_backend.plugin import (
+    generations,
+    metrics,
+    middleware,
+    model_cache,
+    named_parsers,
+    sub_pools,
+    weight_cache,
+)
 from xinf_vllm_backend.plugin.push import api_side, ids, model_side, served
 from xinf_vllm_backend.process.context import EngineContext
 
@@ -41,6 +49,8 @@ pytestmark = pytest.mark.engine
         *ids.SEAMS,
         *metrics.SEAMS,
         *model_cache.SEAMS,
+        *weight_cache.SEAMS,
+        *generations.SEAMS,
         *middleware.SEAMS,
         *named_parsers.SEAMS,
     ),

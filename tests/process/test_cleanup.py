@@ -6,6 +6,8 @@ import re
 import signal
 import socket
 import stat
+import subprocess
+import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -31,7 +33,7 @@ from process_targets import Holder
 
 from xinf_vllm_backend.process import cleanup as cleanup_module
 from xinf_vllm_backend.process.bootstrap import InheritedHandles
-from xinf_vllm_backend.process.cleanup import LONGEST_BASE, Cleanup
+from xinf_vllm_backend.process.cleanup import LONGEST_BASE, AtEnd, Cleanup
 from xinf_vllm_backend.process.context import EngineContext
 from xinf_vllm_backend.process.output import OutputTail
 
@@ -171,6 +173,28 @@ class TestRemoval:
         # It speaks on stderr when its last process ends.
         owner = run_alone("kill_a_holder_of_cleanup()")
         assert (owner.returncode, owner.stdout, owner.stderr) == (0, "", "")
+
+
+class TestADirectoryOfAProcess:
+    KILLED = "import os, pathlib, sys; from xinf_vllm_backend.process.cleanup import AtEnd; " + (
+        "AtEnd(pathlib.Path(sys.argv[1])); os.kill(os.getpid(), 9)"
+    )
+
+    def test_is_removed_when_the_process_was_killed(self, tmp_path: Path) -> None:
+        directory, beside = tmp_path / "of it", tmp_path / "of another"
+        for each in (directory, beside):
+            each.mkdir()
+            (each / "file").touch()
+        assert subprocess.run([sys.executable, "-c", self.KILLED, str(directory)]).returncode == -signal.SIGKILL
+        assert becomes(lambda: not directory.exists())
+        assert (beside / "file").exists()
+
+    def test_is_removed_on_demand_however_often(self, tmp_path: Path) -> None:
+        (tmp_path / "of it").mkdir()
+        removal = AtEnd(tmp_path / "of it")
+        for _ in range(2):
+            removal.now(TIMEOUT)
+            assert not (tmp_path / "of it").exists()
 
 
 class TestWithoutJanitor:

@@ -431,6 +431,23 @@ async def test_a_link_that_is_cut_is_no_death(make: Make) -> None:
     assert [process.asked for process in api.cluster.started if process.asked] == [["push_stream"]]
 
 
+@pytest.mark.parametrize("replicas", [1, 2])
+async def test_requests_go_to_the_process_that_takes_over_and_those_that_have_begun_stay(
+    make: Make, replicas: int
+) -> None:
+    """As in a reload: the same actor passes them on to a process that knows nothing of the links there are."""
+    api = make(replicas)
+    begun = await api.begin()
+    process = next(each for each in api.cluster.started if each.serving)
+    before, process.push_links = process.push_links, model_side.Links()
+    for _ in range(3):
+        assert await api.ask() == WHOLE
+    assert await asyncio.wait_for(read(begun), TIMEOUT) == WHOLE
+    assert before.status()["streams"] == process.push_links.status()["streams"] == 0
+    assert len(api.cluster.started) == replicas, "nothing counts as dead"
+    assert api.is_clear()
+
+
 async def test_new_requests_go_to_the_sibling_alone(make: Make) -> None:
     api = make(2, comes_back=False)
     assert await api.ask() == WHOLE

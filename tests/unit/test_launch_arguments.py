@@ -22,15 +22,11 @@ NOTHING: frozenset[str] = frozenset()
 class TestWhatIsNotSupported:
     @pytest.mark.parametrize(("n_worker", "executor"), [(1, "auto"), (1, "native_mp"), (2, "xoscar")])
     def test_does_not_include_what_works(self, n_worker: int, executor: str) -> None:
-        refuse_unsupported(False, n_worker, executor)
-
-    def test_includes_the_weight_cache(self) -> None:
-        with pytest.raises(BadLaunchArgumentError, match="enable_weight_cache is not supported"):
-            refuse_unsupported(True, 1, "auto")
+        refuse_unsupported(n_worker, executor)
 
     def test_includes_xoscars_executor_on_one_worker(self) -> None:
         with pytest.raises(BadLaunchArgumentError, match=r"'xoscar' .* is not supported on one worker"):
-            refuse_unsupported(False, 1, "xoscar")
+            refuse_unsupported(1, "xoscar")
 
 
 class TestAModelDirectory:

@@ -304,6 +304,17 @@ class TestWhichAreWatched:
         assert await model_watch._watching(Worker.wait_for_load)(worker, "ours-rep0") == "ours-rep0 is loaded"
         assert watches._tasks == {}
 
+    def test_a_process_that_serves_after_a_reload_is_there_while_it_has_its_sub_pool(self) -> None:
+        worker: Any = Worker()
+        worker._model_uid_to_subpool_addresses = {"ours-rep0": {"host:1"}}
+        generation = model_watch.Generation(worker, "ours-rep0", SimpleNamespace(address="host:1"))
+        worker._model_uid_to_model_status["ours-rep0"].model_state = "loading"
+        assert generation.is_there() and generation.is_watched()
+        worker._model_uid_to_subpool_addresses = {"ours-rep0": {"host:2"}}
+        assert not generation.is_there()
+        worker._model_uid_to_subpool_addresses = {}
+        assert not generation.is_there()
+
     def test_a_replica_is_there_while_it_is_the_same_model(self) -> None:
         worker = Worker()
         replica = model_watch.Replica(worker, "ours-rep0", worker._model_uid_to_model["ours-rep0"])

@@ -12,6 +12,7 @@ import pytest
 from xinf_vllm_backend.engine import preload
 from xinf_vllm_backend.engine.seams import platform
 from xinf_vllm_backend.process.zygote.client import ZygoteUnavailableError
+from xinf_vllm_backend.process.zygote.preloaded import Preloaded
 
 
 class Zygote:
@@ -97,3 +98,10 @@ class TestHazard:
     ) -> None:
         monkeypatch.setenv("VLLM_ENABLE_CUDA_COMPATIBILITY", value)
         assert (preload.hazard() is not None) is hazardous
+
+
+def test_variables_that_imports_changed_are_as_they_were_before() -> None:
+    given = {"PATH": "/bin", "LIBRARIES": "/lib"}
+    imported = Preloaded(given, frozenset(), {"LIBRARIES": "/cv2:/lib", "NEW": "1", "PATH": "/opt"}, {}, {})
+    here = {"PATH": "/mine", "LIBRARIES": "/cv2:/lib", "NEW": "1", "OTHER": "2"}
+    assert imported.undone_in(here) == {"PATH": "/mine", "LIBRARIES": "/lib", "OTHER": "2"}

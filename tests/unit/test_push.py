@@ -263,6 +263,23 @@ async def test_a_link_that_is_lost_again_and_again_costs_nothing() -> None:
     assert actor.is_clear()
 
 
+async def test_a_process_that_takes_over_is_linked_and_streams_that_have_begun_keep_their_link() -> None:
+    def take_over(number: int) -> None:
+        if number == 3 and actor.push_links is first:
+            actor.push_links = model_side.Links()
+
+    actor, links = Actor(Model(CHUNKS, take_over)), Links()
+    first = actor.push_links
+    assert await answer(actor, links) == WHOLE, "of the one that has begun"
+    pulled = await ask(actor, links)  # it alone learns of the other process; without failover it is pulled
+    assert isinstance(pulled, Iterator)
+    actor.forget(pulled)
+    assert await answer(actor, links) == WHOLE
+    assert actor.asked.count("offer_push_link") == 2
+    assert first.status()["links"] == actor.push_links.status()["links"] == 1
+    assert actor.is_clear()
+
+
 async def test_a_link_that_nobody_makes_again_ends_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     def cut(number: int) -> None:
         if number == 3:
@@ -446,7 +463,10 @@ class TestSupervisor:
         return cluster.asked
 
     @pytest.mark.parametrize("stream", [True, False])
-    async def test_the_third_request_asks_the_supervisor_nothing(self, stream: bool) -> None:
+    async def test_the_third_request_asks_the_supervisor_nothing(
+        self, stream: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(api_side, "KNOWN", TIMEOUT)  # however busy the host is
         assert await self.asked(Cluster(Actor(Model(CHUNKS))), 2, stream=stream) == []
 
     async def test_a_change_of_the_models_drops_what_is_kept(self) -> None:

@@ -84,6 +84,14 @@ class TestDeathsAreKept:
         assert _reasons("tiny-0") == ["its own", "hung"]
         assert replica_log.summary(replica_log.read("tiny-0"))["last_hang"]["reason"] == "hung"
 
+    def test_a_process_that_serves_beside_the_first_goes_on_with_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        replica_log.record("tiny-rep0", "it was killed")
+        assert replica_log.flush(BOUND)
+        _next_process(monkeypatch)
+        replica_log.go_on("tiny-rep0")
+        replica_log.begin("tiny-rep0")
+        assert [death["reason"] for death in replica_log.read("tiny-rep0").last] == ["it was killed"]
+
     def test_a_death_recorded_before_the_file_was_read_comes_after_those_in_it(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:

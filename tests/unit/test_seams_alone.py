@@ -24,7 +24,17 @@ from xinf_vllm_backend.engine.client import EngineClient
 from xinf_vllm_backend.engine.seams import SEAMS, Seam, child, core_client, platform, resuming, start, version
 from xinf_vllm_backend.engine.seams.start import CONTEXT, INSPECTION
 from xinf_vllm_backend.errors import CannotResumeError, UnsupportedVersionError
-from xinf_vllm_backend.plugin import metrics, middleware, model_cache, model_watch, named_parsers, relaunch, sub_pools
+from xinf_vllm_backend.plugin import (
+    generations,
+    metrics,
+    middleware,
+    model_cache,
+    model_watch,
+    named_parsers,
+    relaunch,
+    sub_pools,
+    weight_cache,
+)
 from xinf_vllm_backend.plugin.push import api_side, ids, model_side, served
 from xinf_vllm_backend.process.context import EngineContext
 from xinf_vllm_backend.settings import Settings
@@ -175,6 +185,8 @@ class TestSeam:
             ids,
             metrics,
             model_cache,
+            weight_cache,
+            generations,
             middleware,
             named_parsers,
         )

@@ -24,6 +24,7 @@ class EngineSpec:
         on_phase: called, from several threads, with each phase of a start.
         on_line: called, from several threads, with each line that the engine's processes print.
         on_move: called with each change of state, on the thread that made it.
+        why_not_again: asked, on a thread, before each further start: why there can be none; "" if there can.
         on_inexact: called with the id of each request that goes on after a death, but not exactly, and why.
     """
 
@@ -34,4 +35,5 @@ class EngineSpec:
     on_phase: Callable[[Phase], None] = lambda phase: None
     on_line: Callable[[str], None] = lambda line: None
     on_move: Callable[[Move], None] = lambda move: None
+    why_not_again: Callable[[], str] = lambda: ""
     on_inexact: Callable[[str, str], None] = lambda request_id, why: None

@@ -236,6 +236,8 @@ class EngineSupervisor:
         failures = [death.reason]
         while True:
             delay = budget.take() if self.client.is_attachable else None
+            if why := await self.meanwhile(asyncio.to_thread(self.spec.why_not_again)):
+                failures, delay = [f"{failures[0]}; it is not restarted in place: {why}"], None
             if delay is None:
                 self._give_up(_story(failures), death if len(failures) == 1 else None)
                 return
@@ -254,6 +256,8 @@ class EngineSupervisor:
                 return
 
     def start_again(self) -> EngineProcesses:
+        if why := self.spec.why_not_again():
+            raise EngineStartError(f"The vLLM engine of {self.name} cannot be started again: {why}")
         self.current.stop(kill=True)  # raises if a process of the last engine is left; then none is started
         spec = replace(self.spec, on_phase=lambda phase: None)
         client = self._started(spec, lambda _: core_client.make_client(self.spec.arguments), time.monotonic())

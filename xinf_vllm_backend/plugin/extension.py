@@ -6,7 +6,16 @@ import gc
 from typing import Any
 
 from ..__version__ import __version__
-from . import metrics, model_cache, model_watch, registration, relaunch, sub_pools, xinference_version
+from . import (
+    generations,
+    metrics,
+    model_cache,
+    model_watch,
+    registration,
+    relaunch,
+    sub_pools,
+    xinference_version,
+)
 from .cluster_link import METRICS
 
 
@@ -45,6 +54,7 @@ def install() -> None:
     sub_pools.install()
     model_watch.install()
     relaunch.install()
+    generations.install_in_worker()
     metrics.install_in_worker()
     model_cache.install()
     registration.install()

@@ -10,13 +10,13 @@ from xinference.model.llm.vllm.core import VLLMModel
 
 from ..engine.seams import platform, start
 from ..errors import EngineStoppedError
-from . import cpu, engine_log, launch_arguments, request_arguments
+from . import cpu, engine_log, generations, launch_arguments, request_arguments, weight_cache
 from .hosted import Hosted
 
 logger = logging.getLogger("xinference.vllm_backend")
 
 
-class HostedModel(Hosted, VLLMModel):
+class HostedModel(Hosted, weight_cache.Cached, VLLMModel):
     """A mixin for Xinference's vLLM classes of chat models.
 
     Models across several workers and with a Xavier cache run Xinference's own engine, with our errors, health task and
@@ -31,9 +31,7 @@ class HostedModel(Hosted, VLLMModel):
         given = frozenset(arguments)
         super().__init__(model_uid, model_family, model_path, arguments, peft_model)
         self._host(options, given)
-        launch_arguments.refuse_unsupported(
-            self._enable_weight_cache, self._n_worker, self._get_xinference_executor_backend()
-        )
+        launch_arguments.refuse_unsupported(self._n_worker, self._get_xinference_executor_backend())
         if self._cpu_host:
             self.model_family = cpu.without_vllm(self.model_family)
 
@@ -77,6 +75,7 @@ class HostedModel(Hosted, VLLMModel):
             if not self._is_ours():
                 super().load()
                 return
+            generations.install_in_model_process()
             launch_arguments.check_model_directory(Path(self.model_path), self.model_spec.model_format, self._given)
             self._load_here(started)
 
@@ -114,7 +113,13 @@ class HostedModel(Hosted, VLLMModel):
         request_arguments.check_guided_json(config["guided_json"])
         return config
 
+    async def engine_status(self) -> dict[str, Any]:
+        return {**await super().engine_status(), "weight_cache": self.weight_cache_status()}
+
     # -- requests that go on
+
+    def _why_not_again(self) -> str:
+        return self.why_cache_is_gone()
 
     def _failover(self) -> dict[str, Any] | None:
         return super()._failover() if self._is_ours() else None
@@ -127,7 +132,7 @@ class HostedModel(Hosted, VLLMModel):
             str(spec.model_size_in_billions),
             self.quantization,
         )
-        return of_weights, self._given_of(self._model_config)
+        return of_weights, *self.checkpoint_and_rest(self._given_of(self._model_config))
 
     # -- stop
 

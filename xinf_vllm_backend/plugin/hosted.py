@@ -73,6 +73,7 @@ class Hosted(controlled.Controlled):
         self._environment: dict[str, str] = {}  # variables of the engine alone
         self._stop_requested = False
         self._death: asyncio.Task[str] | None = None
+        self.is_launched_again = False  # after a death which this process outlives
         self._link: ClusterLink | None = None
         self.push_links = model_side.Links()
         replica_log.begin(self.raw_model_uid)
@@ -124,10 +125,15 @@ class Hosted(controlled.Controlled):
             on_line=engine_log.write,
             on_move=self._moved,
             on_inexact=lambda request_id, why: self._count(cluster_link.INEXACT),
+            why_not_again=self._why_not_again,
         )
         supervisor = EngineSupervisor(spec)
         supervisor.control.on_change = functools.partial(replica_log.record_pause, self.raw_model_uid)
         return supervisor
+
+    def _why_not_again(self) -> str:
+        """Why the engine cannot be restarted in place, a sentence; "" if it can."""
+        return ""
 
     def _show(self, phase: Phase) -> None:
         logger.info("Loading %s: %s", self.raw_model_uid, phase.value)
@@ -227,7 +233,7 @@ class Hosted(controlled.Controlled):
         if self._link is not None:
             await self._attempt(self._link.announce_death(reason, count=not self._death_recorded))
         # The next engine may not start while this one is alive.
-        await self._attempt(asyncio.to_thread(self._stop_engine))
+        await self._attempt(asyncio.to_thread(self._end))
         os._exit(EXIT_STATUS)
 
     async def _attempt(self, step: Awaitable[Any]) -> None:
@@ -318,7 +324,8 @@ class Hosted(controlled.Controlled):
 
     def stop(self) -> None:
         """Stop the engine in any state; idempotent and bounded. Blocks, so never call it on an event loop."""
-        replica_log.forget(self.raw_model_uid)
+        if not self.is_launched_again:
+            replica_log.forget(self.raw_model_uid)
         try:
             self._end()
         finally:

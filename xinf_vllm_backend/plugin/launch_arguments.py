@@ -14,22 +14,16 @@ from ..errors import BadLaunchArgumentError
 _TOKENIZER_FILE = re.compile(r"token|tekken|vocab|merges|spiece|\.model$")
 
 
-def refuse_unsupported(weight_cache: bool, n_worker: int, executor: str) -> None:
+def refuse_unsupported(n_worker: int, executor: str) -> None:
     """Refuse what Xinference's own classes can do and ours cannot.
 
     Args:
-        weight_cache: whether ``enable_weight_cache`` was asked for.
         n_worker: workers of one replica.
         executor: Xinference's ``xinference_vllm_executor_backend``.
 
     Raises:
         BadLaunchArgumentError: one of them cannot work.
     """
-    if weight_cache:
-        raise BadLaunchArgumentError(
-            "enable_weight_cache is not supported by xinf_vllm_backend; launch without it, or unset "
-            "XINFERENCE_EXTENSIONS to use Xinference's own vLLM classes."
-        )
     if n_worker == 1 and executor == "xoscar":
         raise BadLaunchArgumentError(
             "xinference_vllm_executor_backend='xoscar' (or XINFERENCE_VLLM_EXECUTOR_BACKEND) forks EngineCore and "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Mapping
 
 from ..engine import preload as engine
 from ..engine.seams import start
@@ -42,6 +43,12 @@ def configure_loggers() -> None:
     if preloaded.of_this_process is not None:
         preloaded.of_this_process.configure_loggers()
         start.configure_logging()
+
+
+def as_given(variables: Mapping[str, str]) -> dict[str, str]:
+    """``variables`` of this process, as they were before it imported anything, as far as that is known."""
+    known = preloaded.of_this_process
+    return dict(variables) if known is None else known.undone_in(variables)
 
 
 def how_started() -> str:

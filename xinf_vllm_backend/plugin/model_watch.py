@@ -102,6 +102,17 @@ class Watches:
         watch = Watch(Replica(worker, model_uid, model), process)
         self._tasks[model_uid] = asyncio.get_running_loop().create_task(self._run(model_uid, watch))
 
+    async def begin_generation(self, worker: Any, model_uid: str, address: str, uid: bytes) -> None:
+        """Watch the process at ``address`` too, in which the model actor ``uid`` serves after a reload."""
+        import xoscar as xo
+
+        pool = worker._main_pool.sub_processes[address]
+        model = await xo.actor_ref(address=address, uid=uid)
+        watch = Watch(Generation(worker, model_uid, model), ModelProcess(pool.pid, f"Model: {model_uid}"))
+        key = f"{model_uid} at {address}"
+        self._tasks[key] = asyncio.get_running_loop().create_task(self._run(model_uid, watch))
+        self._tasks[key].add_done_callback(lambda _: self._tasks.pop(key, None))
+
     def end(self, model_uid: str) -> None:
         """Stop watching, if it is watched."""
         task = self._tasks.pop(model_uid, None)
@@ -181,6 +192,16 @@ class Replica:
 
     async def announce(self, text: str) -> None:
         await WorkerLink(self._worker, self.uid).announce(text, error=True)
+
+
+class Generation(Replica):
+    """A replica in the process that serves after a reload; it ends with its sub-pool."""
+
+    def is_there(self) -> bool:
+        return self._model.address in self._worker._model_uid_to_subpool_addresses.get(self.uid, ())
+
+    def is_watched(self) -> bool:
+        return True
 
 
 class ModelProcess:

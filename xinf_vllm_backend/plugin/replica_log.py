@@ -160,6 +160,11 @@ def begin(replica_uid: str) -> None:
         forget(replica_uid)
 
 
+def go_on(replica_uid: str) -> None:
+    """Go on with the log that another process of ``replica_uid`` has begun; called before :func:`begin`."""
+    _replica(replica_uid)
+
+
 def record(replica_uid: str, reason: str, details: Mapping[str, Any] | None = None) -> None:
     """Add a death, now, to those of ``replica_uid``.
 

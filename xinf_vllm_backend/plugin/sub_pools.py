@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from multiprocessing import resource_tracker
 from typing import Any
@@ -189,19 +189,26 @@ def _started(python: str, environment: Mapping[str, str], patient: bool = True) 
     return zygote
 
 
+@contextlib.contextmanager
+def forking(is_ours: bool = True) -> Iterator[None]:
+    """Fork the sub-pools that are started in this context from the host zygote, where ``is_ours``."""
+    shared_memory: list[str] | None = [] if is_ours else None
+    token = _launching.set(shared_memory)
+    try:
+        yield
+    finally:
+        _launching.reset(token)
+        for name in shared_memory or ():
+            resource_tracker.unregister(name, "shared_memory")
+
+
 def _marking(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
     @functools.wraps(original)
     async def launched(*args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(original).bind(*args, **kwargs)
         given.apply_defaults()
-        shared_memory: list[str] | None = [] if is_of_ours(**given.arguments) else None
-        token = _launching.set(shared_memory)
-        try:
+        with forking(is_of_ours(**given.arguments)):
             return await original(*args, **kwargs)
-        finally:
-            _launching.reset(token)
-            for name in shared_memory or ():
-                resource_tracker.unregister(name, "shared_memory")
 
     return launched
 

@@ -43,7 +43,7 @@ class Cleanup:
         self.directory = Path(base if len(base) <= LONGEST_BASE else "/tmp") / self.mark
         until_end, self.alive = Pipe(duplex=False)
         with until_end:
-            self._janitor = _janitor(self.directory, self.mark, until_end)
+            self._janitor = _janitor(self.directory, SHARED_MEMORY, self.mark, until_end)
         if self._janitor is None:
             self.mark = ""
         self.directory.mkdir(mode=0o700)  # after the janitor, which removes it
@@ -51,6 +51,26 @@ class Cleanup:
     def remove(self, timeout: float) -> None:
         """Close :attr:`alive`, and wait up to ``timeout`` seconds until all is removed; idempotent."""
         self.alive.close()
+        if self._janitor is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._janitor.wait(timeout)
+
+
+class AtEnd:
+    """Has ``directory`` removed when this process has ended, however it does.
+
+    Args:
+        directory: which is there.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        until_end, self._alive = Pipe(duplex=False)
+        with until_end:
+            self._janitor = _janitor(directory, directory, "*", until_end)
+
+    def now(self, timeout: float) -> None:
+        """Have it removed now, and wait up to ``timeout`` seconds; idempotent."""
+        self._alive.close()
         if self._janitor is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._janitor.wait(timeout)
@@ -71,10 +91,10 @@ def _leave_to_janitor(name: str, rtype: str) -> None:
     pass
 
 
-def _janitor(directory: Path, mark: str, until_end: Connection) -> subprocess.Popen[bytes] | None:
+def _janitor(directory: Path, others: str | Path, mark: str, until_end: Connection) -> subprocess.Popen[bytes] | None:
     try:
         return subprocess.Popen(
-            ["/bin/sh", "-c", _JANITOR, "xinf-vllm-janitor", directory, SHARED_MEMORY, mark],
+            ["/bin/sh", "-c", _JANITOR, "xinf-vllm-janitor", directory, others, mark],
             stdin=until_end.fileno(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -82,5 +102,5 @@ def _janitor(directory: Path, mark: str, until_end: Connection) -> subprocess.Po
             start_new_session=True,  # not ended by Ctrl-C
         )
     except OSError as error:
-        logger.warning("Files of killed engines will stay in %s and %s: %s", directory, SHARED_MEMORY, error)
+        logger.warning("Files of killed engines will stay in %s and %s: %s", directory, others, error)
         return None

@@ -53,6 +53,12 @@ class Links:
         peer = self._peers.get((ref.address, ref.uid))
         return peer is not None and peer.current() is not None
 
+    def supersede(self, ref: Any, name: str) -> None:
+        """The process of the link ``name`` serves no new requests of the model ``ref``: another does, or none."""
+        peer = self._peers.get((ref.address, ref.uid))
+        if peer is not None and peer.name == name:
+            peer.link = None  # streams that have begun go on by it
+
     async def is_vllm(self, ref: Any) -> bool:
         if self.has(ref):  # else another process may have the address
             return True

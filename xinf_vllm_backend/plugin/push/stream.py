@@ -10,7 +10,7 @@ from typing import Any
 
 from ...errors import CannotResumeError, EngineStoppedError
 from ...process.link import Inlet, LinkLostError
-from . import PUSH, RELINK
+from . import PUSH, RELINK, NotBegunError
 from .links import ASK, Links
 from .lost import is_away, is_full, is_passing, is_process_lost, is_silent
 from .request import Request
@@ -181,6 +181,8 @@ class Stream:
     async def _go_on(self, error: BaseException) -> None:
         """Have another process go on with what was asked; raises ``error`` where none can."""
         served, request = self._served, self._request
+        if is_superseded := isinstance(error, NotBegunError):
+            self._links.supersede(self._ref, self._first[0])
         if served is None:
             raise error
         if is_full(error) and not request.was_admitted:
@@ -199,7 +201,9 @@ class Stream:
         self._drop()
         async with served.paced:
             while True:
-                if passing and not is_away(error) and (request.was_admitted or not is_full(error)):
+                if is_superseded:
+                    is_superseded = False
+                elif passing and not is_away(error) and (request.was_admitted or not is_full(error)):
                     await asyncio.sleep(BUSY)
                 self._check()
                 try:

@@ -77,6 +77,11 @@ class Preloaded:
         """``wanted`` as importing the modules would have changed it."""
         return _with(wanted, self.changes)
 
+    def undone_in(self, variables: Mapping[str, str]) -> dict[str, str]:
+        """``variables`` of a process with these modules, as they were before importing the modules changed them."""
+        changed = {name for name, value in variables.items() if name in self.changes and value == self.changes[name]}
+        return _with(variables, {name: self.environment.get(name) for name in changed})
+
 
 def _with(variables: Mapping[str, str], changes: Mapping[str, str | None]) -> dict[str, str]:
     return {name: value for name, value in {**variables, **changes}.items() if value is not None}
