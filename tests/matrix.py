@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "versions.md"
-ENVIRONMENTS = ("py311", "vllm029", "vllm030", "vllm031", "vllm032", "vllm032-py312", "xinference40")
+ENVIRONMENTS = ("py311", "vllm029", "vllm030", "vllm031", "vllm032", "xinference40")
 COLUMNS = ("environment", "Python", "Xinference", "vLLM", "torch", "seams and engines", "a cluster", "degraded")
 BOUND = 1800  # seconds for the tests of one environment
 ENGINES = ("tests/engine/test_seams.py", "tests/engine/test_supervisor.py")
@@ -52,9 +52,10 @@ def row(environment: str) -> str:
     doctor = tox("exec", "-qq", "-e", environment, "--", "xinf-vllm", "doctor", "--json", bound=300).stdout
     findings = json.loads(doctor[doctor.index("[") : doctor.rindex("]") + 1])
     found = {finding["subject"]: finding["found"].split(" ")[0] for finding in findings}
-    degraded = "; ".join(f"{each['subject']}: {each['advice']}" for each in findings if each["degraded"]) or "nothing"
+    gone = (finding for finding in findings if finding["degraded"])
+    lost = "; ".join(f"{each['subject']}: {each['advice'].removeprefix('without it: ')}" for each in gone)
     versions = (found[name] for name in ("Python", "xinference", "vLLM", "torch"))
-    return f"| {' | '.join((f'`{environment}`', *versions, engines, cluster, degraded))} |"
+    return f"| {' | '.join((f'`{environment}`', *versions, engines, cluster, lost or 'nothing'))} |"
 
 
 def write(rows: list[str]) -> None:
