@@ -25,6 +25,7 @@ from xinf_vllm_backend.errors import (
     BackendError,
     BadLaunchArgumentError,
     BadRequestError,
+    EngineStartTimeoutError,
     EngineStoppedError,
     UnsupportedVersionError,
 )
@@ -136,6 +137,16 @@ async def unstarted(model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     model._engine.lifecycle.move(State.STARTING, "it was launched")
     model._engine.lifecycle.move(State.READY, "it was started")
     return model
+
+
+def test_the_load_of_xinferences_own_engine_is_bounded(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    never = threading.Event()
+    model._n_worker, model._settings, model._load_started = 2, Settings(load_timeout=1), 0.0
+    model._loading_thread = threading.Thread(target=never.wait, daemon=True)
+    model._loading_thread.start()
+    with pytest.raises(EngineStartTimeoutError, match="was not ready after 1 s; raise load_timeout"):
+        model.wait_for_load()
+    never.set()
 
 
 async def test_a_death_that_no_restart_mends_is_one_death(unstarted: Any) -> None:

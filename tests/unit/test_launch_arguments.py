@@ -28,6 +28,10 @@ class TestWhatIsNotSupported:
         with pytest.raises(BadLaunchArgumentError, match=r"'xoscar' .* is not supported on one worker"):
             refuse_unsupported(1, "xoscar")
 
+    def test_includes_several_workers_without_gpus(self) -> None:
+        with pytest.raises(BadLaunchArgumentError, match="n_worker=2 needs GPUs"):
+            refuse_unsupported(2, "auto", cpu_host=True)
+
 
 class TestAModelDirectory:
     @pytest.mark.parametrize(

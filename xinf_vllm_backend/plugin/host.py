@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
 from xinference.model.llm.vllm.core import VLLMModel
 
 from ..engine.seams import platform, start
-from ..errors import EngineStoppedError
+from ..errors import EngineStartTimeoutError, EngineStoppedError
 from . import cpu, engine_log, generations, launch_arguments, request_arguments, weight_cache
 from .hosted import Hosted
 
@@ -31,7 +32,7 @@ class HostedModel(Hosted, weight_cache.Cached, VLLMModel):
         given = frozenset(arguments)
         super().__init__(model_uid, model_family, model_path, arguments, peft_model)
         self._host(options, given)
-        launch_arguments.refuse_unsupported(self._n_worker, self._get_xinference_executor_backend())
+        launch_arguments.refuse_unsupported(self._n_worker, self._get_xinference_executor_backend(), self._cpu_host)
         if self._cpu_host:
             self.model_family = cpu.without_vllm(self.model_family)
 
@@ -69,7 +70,7 @@ class HostedModel(Hosted, weight_cache.Cached, VLLMModel):
         Raises:
             BackendError, ValueError: one sentence with the root cause; nothing is left running.
         """
-        started = self._begin_load()
+        started = self._load_started = self._begin_load()
         with self._readable_errors():
             self._check_vllm()
             if not self._is_ours():
@@ -94,8 +95,26 @@ class HostedModel(Hosted, weight_cache.Cached, VLLMModel):
     def wait_for_load(self) -> None:
         """Finish the load, and start the health task on the event loop."""
         with self._readable_errors():
+            if not self._is_ours():
+                self._await_upstreams()
             super().wait_for_load()
         self._greet()
+
+    def _await_upstreams(self) -> None:
+        """Wait for Xinference's own engine, whose load has no bound.
+
+        Raises:
+            EngineStartTimeoutError: it was not ready in time.
+        """
+        thread, limit = self._loading_thread, self._settings.load_timeout
+        if thread is None:
+            return
+        thread.join(max(0.0, self._load_started + limit - time.monotonic()))
+        if thread.is_alive():
+            raise EngineStartTimeoutError(
+                f"The model {self.raw_model_uid}, on several workers or with a Xavier cache, was not ready after "
+                f"{limit:g} s; raise load_timeout if it needs longer."
+            )
 
     def _sanitize_model_config(self, model_config: Any) -> Any:
         config = super()._sanitize_model_config(model_config)

@@ -14,16 +14,22 @@ from ..errors import BadLaunchArgumentError
 _TOKENIZER_FILE = re.compile(r"token|tekken|vocab|merges|spiece|\.model$")
 
 
-def refuse_unsupported(n_worker: int, executor: str) -> None:
-    """Refuse what Xinference's own classes can do and ours cannot.
+def refuse_unsupported(n_worker: int, executor: str, cpu_host: bool = False) -> None:
+    """Refuse what Xinference's own classes can do and ours cannot, and what neither can.
 
     Args:
         n_worker: workers of one replica.
         executor: Xinference's ``xinference_vllm_executor_backend``.
+        cpu_host: whether vLLM is the CPU build.
 
     Raises:
         BadLaunchArgumentError: one of them cannot work.
     """
+    if n_worker > 1 and cpu_host:
+        raise BadLaunchArgumentError(
+            f"n_worker={n_worker} needs GPUs: Xinference starts a part of the engine for each, and this host has none; "
+            "launch with n_worker=1, and with several replicas to use several workers."
+        )
     if n_worker == 1 and executor == "xoscar":
         raise BadLaunchArgumentError(
             "xinference_vllm_executor_backend='xoscar' (or XINFERENCE_VLLM_EXECUTOR_BACKEND) forks EngineCore and "

@@ -29,9 +29,7 @@ REASONING = Seam(
 )
 BOTH = Seam("vllm.parser", "ParserManager", _USED_FOR, _WITHOUT, members=("get_parser",))
 PARSER = Seam("vllm.parser", "Parser", _USED_FOR, _WITHOUT, members=("parse", "parse_delta", "adjust_request"))
-REQUEST = Seam(
-    "vllm.entrypoints.openai.chat_completion.protocol", "ChatCompletionRequest.model_construct", _USED_FOR, _WITHOUT
-)
+REQUEST = Seam("vllm.entrypoints.openai.chat_completion.protocol", "ChatCompletionRequest", _USED_FOR, _WITHOUT)
 TOOL = Seam(
     "vllm.entrypoints.openai.chat_completion.protocol",
     "ChatCompletionToolsParam",
@@ -126,7 +124,8 @@ def request_of(messages: list[Any], tools: list[Any]) -> Any:
         raise BadRequestError(f"The tools of the request cannot be used: {where}: {first['msg']}.") from error
     choice = "auto" if tools else "none"
     # Not validated: Xinference takes messages that vLLM's server does not, and parsers only count their calls.
-    return REQUEST.owner().model_construct(messages=messages, tools=checked or None, tool_choice=choice)
+    kind = REQUEST.owner().ChatCompletionRequest
+    return kind.model_construct(messages=messages, tools=checked or None, tool_choice=choice)
 
 
 def keeps_special_tokens(parser: Any, request: Any) -> bool:
