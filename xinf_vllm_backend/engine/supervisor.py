@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from ..errors import (
     BackendError,
     EngineDiedError,
+    EnginePausedError,
     EngineRestartingError,
     EngineStaleError,
     EngineStartError,
@@ -28,7 +29,7 @@ from .phase import Phase
 from .processes import EngineProcesses
 from .recovery import RestartBudget
 from .rest import Rest
-from .seams import core_client, resuming
+from .seams import core_client, pooling, resuming
 from .spec import EngineSpec
 from .watch import Watch
 
@@ -152,15 +153,17 @@ class EngineSupervisor:
         record.changed_weights = self.client.changed_weights
         return record.tap(outputs, sampling_params)
 
-    def encode(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+    async def encode(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         """AsyncLLM's.
 
         Raises:
-            EnginePausedError: it is paused, and requests are not to wait.
+            EnginePausedError: it is paused, and requests are not to wait; or a pause ended this one.
         """
         self.client.admission.check()
-        outputs: AsyncIterator[Any] = self.__getattr__("encode")(*args, **kwargs)
-        return outputs
+        async for output in self.__getattr__("encode")(*args, **kwargs):
+            if pooling.was_aborted(output):
+                raise EnginePausedError(f"The request was ended by an order to pause {self.name}; {_AGAIN}")
+            yield output
 
     # -- watch
 

@@ -106,3 +106,8 @@ def pools(engine: Any) -> bool:
 def is_of(request: Any) -> bool:
     """Whether ``request``, an ``EngineCoreRequest``, pools."""
     return getattr(request, "pooling_params", None) is not None
+
+
+def was_aborted(output: Any) -> bool:
+    """Whether ``output``, a ``PoolingRequestOutput``, is what vLLM makes up for a request that was aborted: nothing."""
+    return bool(output.finished and output.outputs.data.numel() == 0)
