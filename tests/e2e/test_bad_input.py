@@ -58,7 +58,7 @@ ARGUMENTS = {
     ),
     "kv-cache-too-large": (("--cpu_kv_cache_gib", "100000"), r"memory"),
     "too-many-ranks": (("--tensor_parallel_size", "4096"), r"parallel ranks need 4096 cores"),
-    "weight-cache": (("--enable_weight_cache", "true"), r"enable_weight_cache is not supported"),
+    "weight-cache": (("--enable_weight_cache", "true"), r"enable_weight_cache keeps weights on a GPU"),
     "xoscar-executor": (("--xinference_vllm_executor_backend", "xoscar"), r"'xoscar' .* not supported"),
     "bad-option": (("--load_timeout", "soon"), r"load_timeout='soon' cannot be used: .*number"),
     "too-late": (("--load_timeout", "0.5"), r"not ready after 0.5 s"),

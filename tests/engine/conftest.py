@@ -17,9 +17,13 @@ from streams import BOUND, Make, MakeWatched, Stream, until
 from xinf_vllm_backend.demo.tiny_model import make_tiny_model
 from xinf_vllm_backend.engine import preload
 from xinf_vllm_backend.engine.phase import Phase
+from xinf_vllm_backend.engine.seams import version
 from xinf_vllm_backend.engine.spec import EngineSpec
 from xinf_vllm_backend.engine.supervisor import EngineSupervisor
 from xinf_vllm_backend.settings import Settings
+
+# In bfloat16 the CPU builds from 0.29 on die by SIGILL on some hosts (docs/versions.md).
+DTYPE = {} if (version.version() or "").startswith("0.27.") else {"dtype": "float32"}
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +75,7 @@ async def make_supervisor(tiny_model: Path) -> AsyncIterator[Make]:
         from vllm.engine.arg_utils import AsyncEngineArgs
 
         options = {**Settings.options_in(arguments), "engine_start_method": method}
-        defaults = {"model": str(tiny_model), "enforce_eager": True, "kv_cache_memory_bytes": 64 << 20}
+        defaults = {"model": str(tiny_model), "enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, **DTYPE}
         engine_args = AsyncEngineArgs(**{**defaults, **arguments})
         settings = Settings.resolve(options)
         spec = EngineSpec("tiny", engine_args, settings, environment or {}, on_phase)

@@ -246,11 +246,14 @@ def test_how_engines_are_started_is_settled_in_the_model_process(
     assert started == [(expected, str(tiny_model))]
 
 
-@pytest.mark.parametrize("arguments", [{"enable_weight_cache": True}, {"xinference_vllm_executor_backend": "xoscar"}])
-def test_what_is_not_supported_is_refused_before_anything_is_made(
-    model: Any, tiny_model: Path, arguments: dict[str, Any]
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [({"xinference_vllm_executor_backend": "xoscar"}, "not supported"), ({"n_worker": 2}, "n_worker=2 needs GPUs")],
+)
+def test_what_cannot_work_is_refused_before_anything_is_made(
+    model: Any, tiny_model: Path, arguments: dict[str, Any], expected: str
 ) -> None:
-    with pytest.raises(BadLaunchArgumentError, match="not supported"):
+    with pytest.raises(BadLaunchArgumentError, match=expected):
         type(model)("tiny-rep1", model.model_family, str(tiny_model), arguments)
 
 

@@ -6,6 +6,7 @@ Each order ends within its deadline, in a stage that is said, and the engine ser
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable
@@ -177,7 +178,8 @@ async def test_a_stale_wave_start_wakes_no_paused_rank(
     monkeypatch.setattr(msgspec.msgpack, "decode", decoded)
     await until(lambda: not core_of(engine).engines_running)  # as the coordinator says
     await core_of(engine).first_req_send_socket.send(msgspec.msgpack.encode(("FIRST_REQ", 0)))
-    await bounded(started.wait())
+    with contextlib.suppress(asyncio.TimeoutError):  # of a wave that paused ranks drop, vLLM 0.32 tells us nothing
+        await asyncio.wait_for(started.wait(), SHORT)
     first = asyncio.ensure_future(call(engine, "barrier", 1))
     assert await call(engine, "is_scheduler_paused", 0) is True
     await bounded(asyncio.gather(first, call(engine, "barrier", 0)))
