@@ -489,3 +489,33 @@ class TestSupervisor:
     async def test_a_token_router_is_asked_each_time(self) -> None:
         cluster = Cluster(Actor(Model(CHUNKS)), router={"available": True})
         assert await self.asked(cluster, 2) == ["resolve_token_router_runtime"]
+
+
+class Pooling(Actor):
+    """One of a model that embeds, which Xinference does not say is vLLM's."""
+
+    async def create_embedding(self, text: str, **kwargs: Any) -> bytes:
+        self.asked.append("create_embedding")
+        return f"a vector of {text}".encode()
+
+
+async def embed(actor: Actor, links: Links) -> Any:
+    return await api_side.Model("model", actor, models_by(links)).create_embedding("a lamp", model_uid="model")
+
+
+async def test_an_embedding_names_a_link_and_comes_by_its_call() -> None:
+    actor, links = Pooling(Model(CHUNKS), is_vllm=False), Links()
+    assert [await embed(actor, links), await embed(actor, links)] == [b"a vector of a lamp"] * 2
+    assert actor.asked == ["offer_push_link", *["push_stream", "create_embedding"] * 2]
+    assert actor.push_links.status()["streams"] == 0
+
+
+async def test_a_model_that_is_none_of_ours_is_asked_for_a_link_once() -> None:
+    class Other(Pooling):
+        async def offer_push_link(self) -> Any:
+            self.asked.append("offer_push_link")
+            raise AttributeError("offer_push_link")  # as of a model of another engine
+
+    actor, links = Other(Model(CHUNKS), is_vllm=False), Links()
+    assert [await embed(actor, links), await embed(actor, links)] == [b"a vector of a lamp"] * 2
+    assert actor.asked == ["offer_push_link", "create_embedding", "create_embedding"]
