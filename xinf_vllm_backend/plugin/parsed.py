@@ -28,9 +28,12 @@ def parsed(chat: Call) -> Call:
 
     @functools.wraps(chat)
     async def wrapped(self: ParsedChats, messages: Any, generate_config: Any = None, *args: Any, **kwargs: Any) -> Any:
-        token = _answer.set(self._answer_to(messages, generate_config or {}))
+        config = dict(generate_config or {})
+        if config.get("tools"):
+            config["tools"] = list(config["tools"])  # as the API hands them over, they can be read once
+        token = _answer.set(self._answer_to(messages, config))
         try:
-            return await chat(self, messages, generate_config, *args, **kwargs)
+            return await chat(self, messages, config, *args, **kwargs)
         finally:
             _answer.reset(token)
 
@@ -101,7 +104,7 @@ class ParsedChats(VLLMModel):
     def _answer_to(self, messages: Any, config: Chunk) -> Answer | None:
         """None where no parser of vLLM's has anything to do."""
         named = self._named
-        tools = [] if config.get("tool_choice") == "none" else list(config.get("tools") or ())
+        tools = [] if config.get("tool_choice") == "none" else config.get("tools") or []
         if not (named.reasoning or (named.tool and tools)):
             return None
         template = self._get_chat_template_kwargs_from_generate_config(config, self.reasoning_parser)
