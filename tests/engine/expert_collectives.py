@@ -16,6 +16,7 @@ def supply() -> None:
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
     from vllm.model_executor.layers.fused_moe.cpu_fused_moe import CPUFusedMOE
 
+    torch.cpu._is_amx_tile_supported = lambda: False  # on hosts with AMX vLLM refuses experts in float32
     CpuCommunicator.all_gatherv = all_gatherv
     CpuCommunicator.reduce_scatterv = reduce_scatterv
     for name in ("forward_grouped_gemm", "forward_torch"):

@@ -89,7 +89,7 @@ class Reading:
     def _read(self) -> None:
         try:
             self._checksum = checksum(self._directory, self._stop)
-        except OSError as error:
+        except (OSError, ImportError) as error:  # the second where the process is ending
             logger.warning("The checksum of %s is not known: %s", self._directory, error)
 
     def result(self, timeout: float) -> Checkpoint:

@@ -105,6 +105,7 @@ def starts_from(
     INSPECTION.wrap(_inspect_in_child)
     resuming.INPUTS.wrap(resuming.cache_in_frontend)
     METRICS.wrap(_one_at_a_time)
+    INFO.wrap(_once)
     gone = [
         seam
         for seam, there in ((CONTEXT, _install_context()), (HANDSHAKE, HANDSHAKE.wrap(_announcing_spawned)))
@@ -149,6 +150,12 @@ METRICS = Seam(
     "engines of one process that become ready at the same moment",
     "one of them may fail to start: vLLM registers its metrics twice",
 )
+INFO = Seam(
+    "vllm.v1.metrics.loggers",
+    "StatLoggerManager.log_engine_initialized",
+    METRICS.used_for,
+    METRICS.without,
+)
 _metrics_lock = threading.Lock()
 
 
@@ -159,6 +166,18 @@ def _one_at_a_time(original: Callable[..., None]) -> Callable[..., None]:
             original(*args, **kwargs)
 
     return alone
+
+
+def _once(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def logged(*args: Any, **kwargs: Any) -> None:
+        try:
+            with _metrics_lock:
+                original(*args, **kwargs)
+        except ValueError as error:  # another engine has said so since the metrics were made
+            logger.debug("The configuration of an engine is not among the metrics: %s", error)
+
+    return logged
 
 
 def _announcing_spawned(original: Callable[..., Any]) -> Callable[..., Any]:
