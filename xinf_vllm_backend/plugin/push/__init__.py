@@ -21,6 +21,10 @@ class NotBegunError(LinkLostError):
     """The link was lost before the request was looked at; takes one sentence."""
 
 
+class OtherProcessError(NotBegunError):
+    """The link is to another process than the one that serves; takes one sentence."""
+
+
 def why_pulled(seams: Iterable[Seam]) -> str | None:
     """Why no stream is pushed in this process, which needs ``seams``; None if they may be."""
     if gone := [seam.name for seam in seams if not seam.present()]:

@@ -77,9 +77,10 @@ class Links:
         if peer is not None and peer.current() is None and time.monotonic() >= peer.not_before:
             try:
                 await self.make(ref)
-            except AttributeError:
-                peer.not_before = time.monotonic() + OTHERS
             except Exception as error:  # whatever it is, the streams are pulled
+                if isinstance(error, AttributeError) and "offer_push_link" in str(error):
+                    peer.not_before = time.monotonic() + OTHERS
+                    return peer
                 peer.not_before = time.monotonic() + RETRY
                 logger.warning("Streams of %s are pulled item by item, there is no link: %s", ref.uid, error)
         return peer

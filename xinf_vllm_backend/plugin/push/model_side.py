@@ -27,7 +27,7 @@ from ...engine.seams.seam import Seam
 from ...process import link
 from ...process.link import LinkLostError, Outlet, Sender
 from .. import push
-from . import AGAIN, PROGRESS, PUSH, RELINK, NotBegunError, ids
+from . import AGAIN, PROGRESS, PUSH, RELINK, NotBegunError, OtherProcessError, ids
 
 logger = logging.getLogger("xinference.vllm_backend")
 
@@ -207,6 +207,7 @@ class Links:
     def __init__(self) -> None:
         self.fingerprint = ""
         self._links: dict[str, Sender] = {}
+        self._past: set[str] = set()  # names of all that there were
         self._pumps: dict[tuple[str, int], _Pump] = {}
 
     def status(self) -> dict[str, int]:
@@ -219,6 +220,7 @@ class Links:
 
         def made(sender: Sender) -> None:
             self._links[name] = sender
+            self._past.add(name)
 
         def ended(sender: Sender) -> None:
             if self._links.pop(name, None) is not None:
@@ -239,7 +241,7 @@ class Links:
         try:
             outlet = self._outlet(name, key)
         except LinkLostError as error:
-            raise NotBegunError(str(error)) from None
+            raise (NotBegunError if name in self._past else OtherProcessError)(str(error)) from None
         pump = self._pumps[name, key] = _Pump(outlet, self._notebook(asked))
         try:
             yield pump

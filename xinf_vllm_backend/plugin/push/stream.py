@@ -10,7 +10,7 @@ from typing import Any
 
 from ...errors import CannotResumeError, EngineStoppedError
 from ...process.link import Inlet, LinkLostError
-from . import PUSH, RELINK, NotBegunError
+from . import PUSH, RELINK, OtherProcessError
 from .links import ASK, Links
 from .lost import is_away, is_full, is_passing, is_process_lost, is_silent
 from .request import Request
@@ -181,7 +181,7 @@ class Stream:
     async def _go_on(self, error: BaseException) -> None:
         """Have another process go on with what was asked; raises ``error`` where none can."""
         served, request = self._served, self._request
-        if is_superseded := isinstance(error, NotBegunError):
+        if is_superseded := isinstance(error, OtherProcessError):
             self._links.supersede(self._ref, self._first[0])
         if served is None:
             raise error
