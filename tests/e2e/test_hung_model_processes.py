@@ -184,6 +184,23 @@ def test_a_stopped_model_process_can_be_terminated(cluster: Cluster, uid: str) -
     assert uid not in [entry["id"] for entry in cluster.get("/v1/models")["data"]]
 
 
+def test_a_model_that_is_launched_again_can_be_terminated_meanwhile(cluster: Cluster, uid: str) -> None:
+    launch(cluster, uid)
+    engines = cluster.engine_processes("EngineCore")
+    os.kill(status(cluster, uid)["pid"], signal.SIGKILL)
+
+    def others() -> list[psutil.Process]:
+        return [each for each in cluster.engine_processes("EngineCore") if each not in engines]
+
+    wait_until(others, BOUND, "an engine to load again")[0].suspend()
+    ended = cluster.cli("terminate", "--model-uid", uid)
+    assert ended.returncode == 0, ended.stderr
+    cluster.wait_until_unloaded()
+    assert uid not in [entry["id"] for entry in cluster.get("/v1/models")["data"]]
+    assert not any("was given up" in event for event in events(cluster, uid))
+    launch(cluster, uid)
+
+
 def test_a_model_whose_process_dies_again_and_again_is_given_up_and_can_be_launched(cluster: Cluster, uid: str) -> None:
     launch(cluster, uid, "--max_restarts", "1", "--restart_refill", "1000")
     pid = status(cluster, uid)["pid"]

@@ -263,6 +263,37 @@ class TestDeletion:
         assert worker.forgotten == [UID], "and no file is touched for a model of another engine"
         assert model_watch.watches.settings(UID) == Settings()
 
+    async def test_a_model_that_is_deleted_while_it_is_launched_ends_that_launch(
+        self, worker: Worker, told: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        begun, cancelled = asyncio.Event(), asyncio.Event()
+        asked = 0
+
+        async def until_cancelled() -> None:
+            begun.set()
+            await cancelled.wait()
+            raise asyncio.CancelledError("Launch cancelled")
+
+        async def cancel(uid: str) -> None:
+            nonlocal asked
+            asked += 1
+            if asked == 1:
+                raise RuntimeError("Model is not launching, may have launched or not launched yet")
+            cancelled.set()
+
+        async def refuse_while_it_is_launched() -> None:
+            assert cancelled.is_set()
+
+        monkeypatch.setattr(relaunch, "ASK_AGAIN", 0.01)
+        monkeypatch.setattr(worker, "cancel_launch_model", cancel)
+        worker.launch, worker.terminate = until_cancelled, refuse_while_it_is_launched
+        await worker.die()
+        task = worker.relaunches._replicas[UID].task
+        await asyncio.wait_for(begun.wait(), TIMEOUT)
+        await asyncio.wait_for(worker.terminate_model(UID), TIMEOUT)
+        await asyncio.wait_for(task, TIMEOUT)  # type: ignore[arg-type]
+        assert (worker.happened, told, worker.relaunches._replicas) == ([f"launch {UID}"], [], {})
+
     async def test_a_model_that_could_not_be_deleted_is_launched(self, worker: Worker) -> None:
         refused = asyncio.Event()
 
@@ -310,4 +341,5 @@ class TestLaunch:
         worker.launch = until_killed
         monkeypatch.setattr(worker, "cancel_launch_model", cancel)
         with pytest.raises(TimeoutError, match="longer than"):
-            await relaunch._launch(worker, UID, lambda: worker._recover_model(OURS), 0.01)
+            launching = asyncio.ensure_future(worker._recover_model(OURS))
+            await relaunch._until_launched(worker, UID, launching, 0.01)

@@ -38,7 +38,6 @@ class HostedPoolingModel(Hosted):
     _kwargs: dict[str, Any]
     _model_path: str
     _model_spec: Any
-    _native_pooling: bool
 
     def __init__(
         self, model_uid: str, model_path: str, model_family: Any, quantization: str | None = None, **arguments: Any
@@ -116,6 +115,7 @@ class HostedPoolingModel(Hosted):
 
     def _check_pools(self) -> None:
         if not pooling.pools(self._model):
+            self._stop_engine()
             raise BadLaunchArgumentError(
                 f"vLLM takes the model in {self._model_path} for one that generates text, so it can neither embed nor "
                 "score; launch it with runner=pooling, or as a chat model."

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import sys
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any
 
@@ -44,6 +45,7 @@ SEAMS = (RECOVER, TERMINATE, EVICT, CANCEL, MODELS, SPAWN)
 
 LAUNCH_MARGIN = 600.0  # seconds beyond load_timeout that a launch may take, for all that precedes the load
 END_TIMEOUT = 60.0  # seconds that a launch which took too long, or a deletion, has to end
+ASK_AGAIN = 1.0  # seconds between two cancellations of one launch
 ENDED = "its model process ended"
 LIMIT_REACHED = "the limit XINFERENCE_MODEL_ACTOR_AUTO_RECOVER_LIMIT is reached"
 
@@ -76,6 +78,7 @@ class Replica:
         deleted: set when the model was deleted.
         is_decided: not set while it is being deleted, which may fail.
         task: what launches it again.
+        launching: the launch that is under way, or the last one.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -87,6 +90,7 @@ class Replica:
         self.is_decided = asyncio.Event()
         self.is_decided.set()
         self.task: asyncio.Task[None] | None = None
+        self.launching: asyncio.Task[None] | None = None
 
     async def is_deleted_within(self, delay: float) -> bool:
         """Wait ``delay`` seconds, and longer for a deletion that is under way; whether it is deleted."""
@@ -140,7 +144,7 @@ class Relaunches:
                 await original(worker, model_uid, is_model_die=True)
                 return
             is_ours = is_ours or model_uid in self._replicas
-            await self._delete(model_uid, functools.partial(original, worker, model_uid))
+            await self._delete(worker, model_uid, functools.partial(original, worker, model_uid))
             if is_ours:
                 replica_log.forget(model_uid)  # its process may have ended before it did so itself
 
@@ -155,13 +159,18 @@ class Relaunches:
 
         return evict
 
-    async def _delete(self, uid: str, delete: Callable[[], Awaitable[None]]) -> None:
+    async def _delete(self, worker: Any, uid: str, delete: Callable[[], Awaitable[None]]) -> None:
         replica = self._replicas.get(uid)
         self._dying.discard(uid)
         self._deleting.add(uid)
         try:
-            with contextlib.nullcontext() if replica is None else replica.deleting():
+            if replica is None:
                 await delete()
+            else:
+                with replica.deleting():
+                    if replica.launching is not None:  # Xinference refuses to delete what is being launched
+                        await _end(worker, uid, replica.launching)
+                    await delete()
         finally:
             self._deleting.discard(uid)
         self._forget(uid)
@@ -202,7 +211,8 @@ class Relaunches:
             try:
                 why = await self._launched(worker, uid, replica, attempt)
             except LaunchCancelledError:
-                await self._give_up(worker, uid, "its launch was cancelled")
+                if not await replica.is_deleted_within(0):
+                    await self._give_up(worker, uid, "its launch was cancelled")
                 return
             if replica.deleted.is_set():
                 return
@@ -212,7 +222,8 @@ class Relaunches:
         """Launch it once; ``died`` says whether it has to be launched again, and the result why."""
         replica.died = False
         try:
-            await _launch(worker, uid, attempt, replica.settings.load_timeout + LAUNCH_MARGIN)
+            replica.launching = _spawned(worker, attempt())
+            await _until_launched(worker, uid, replica.launching, replica.settings.load_timeout + LAUNCH_MARGIN)
         except LaunchCancelledError:
             raise
         except Exception:
@@ -264,14 +275,13 @@ class XinferencesLimit:
         return LIMIT_REACHED if self._left is not None and self._left < 0 else ""
 
 
-async def _launch(worker: Any, uid: str, attempt: Attempt, timeout: float) -> None:
-    """Make one launch.
+async def _until_launched(worker: Any, uid: str, launching: asyncio.Task[None] | None, timeout: float) -> None:
+    """Wait for the end of one launch.
 
     Raises:
         LaunchCancelledError: a user cancelled it.
         TimeoutError: it took longer than ``timeout`` seconds, and was ended.
     """
-    launching = _spawned(worker, attempt())
     if launching is None:
         raise asyncio.CancelledError("the worker is being stopped")
     await asyncio.wait({launching}, timeout=timeout)
@@ -284,10 +294,13 @@ async def _launch(worker: Any, uid: str, attempt: Attempt, timeout: float) -> No
 
 
 async def _end(worker: Any, uid: str, launching: asyncio.Task[None]) -> None:
-    """End a launch that takes too long: with its process, since a call of one that hangs cannot be cancelled."""
-    with contextlib.suppress(RuntimeError, TimeoutError, asyncio.TimeoutError):
-        await asyncio.wait_for(worker.cancel_launch_model(uid), END_TIMEOUT)
-    await asyncio.wait({launching}, timeout=END_TIMEOUT)
+    """End a launch: with its process, since a call of one that hangs cannot be cancelled."""
+    deadline = time.monotonic() + END_TIMEOUT
+    while not launching.done() and time.monotonic() < deadline:
+        # Refused while Xinference does not know of the launch yet, and when it is done with it.
+        with contextlib.suppress(RuntimeError, TimeoutError, asyncio.TimeoutError):
+            await asyncio.wait_for(worker.cancel_launch_model(uid), END_TIMEOUT)
+        await asyncio.wait({launching}, timeout=ASK_AGAIN)
     launching.cancel()
     launching.add_done_callback(lambda task: task.cancelled() or task.exception())
 
