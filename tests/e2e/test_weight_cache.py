@@ -5,6 +5,7 @@ What of it needs CUDA is stood in for, see ``weight_stand_in.py``; the rest is X
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,9 +23,9 @@ from xinf_vllm_backend.demo.tiny_model import make_tiny_model, model_registratio
 pytestmark = pytest.mark.e2e
 
 BOUND = 120.0  # seconds: a bound, not an aim
-LONG, VERY_LONG = 1500, 8000  # tokens that take longer than a kill, and than a reload
+LONG, VERY_LONG = 1500, 3000  # tokens that take longer than a kill, and, of slow steps, than a reload
 ENGINE = (
-    *("--dtype", "float32", "--enforce_eager", "true", "--max_model_len", "16384"),
+    *("--dtype", "float32", "--enforce_eager", "true", "--max_model_len", "4096"),
     # Explicit, since what is left of the GPU that is stood in for is divided by them.
     *("--gpu_memory_utilization", "0.1", "--kv_cache_memory_bytes", str(64 << 20)),
 )
@@ -35,7 +36,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two checkpoints that differ by the values of their weights alone."""
     root = tmp_path_factory.mktemp("checkpoints")
     one, other = (
-        make_tiny_model(root / name, seed=seed, max_position_embeddings=16384, num_hidden_layers=6)
+        make_tiny_model(root / name, seed=seed, max_position_embeddings=4096, num_hidden_layers=6)
         for seed, name in enumerate(("one", "other"))
     )
     assert weight_stand_in.header(one / weight_stand_in.WEIGHTS) == weight_stand_in.header(
@@ -73,6 +74,14 @@ def overwritten(cached: Cluster, checkpoints: tuple[Path, Path]) -> Iterator[Clu
     shutil.copyfile(checkpoints[1] / weight_stand_in.WEIGHTS, weights)
     yield cached
     kept.rename(weights)
+
+
+@pytest.fixture
+def slow(stood_in: Cluster) -> Iterator[Path]:
+    """While this file is there, which a test may remove, the engines are slow."""
+    file = Path(stood_in.environment["PYTHONPATH"].split(os.pathsep)[0]) / weight_stand_in.SLOW
+    yield file
+    file.unlink(missing_ok=True)
 
 
 def daemons(cluster: Cluster) -> list[psutil.Process]:
@@ -179,13 +188,17 @@ def test_an_engine_that_died_comes_back_with_the_weights_of_its_daemon(
     assert given(overwritten) == [before, worker(overwritten)]
 
 
-def test_a_reload_hands_requests_over_to_another_process_and_ends_none(cached: Cluster, stream: Any) -> None:
+def test_a_reload_hands_requests_over_to_another_process_and_ends_none(
+    cached: Cluster, stream: Any, slow: Path
+) -> None:
     undisturbed, before = text(cached, LONG), status(cached)
     (daemon,) = daemons(cached)
+    slow.touch()
     running = stream(VERY_LONG)
     ended = reload(cached, max_num_seqs=7)
     assert (ended["status"], ended["weights_reused"]) == ("ready", True)
     assert not running.is_done(), "or nothing is handed over"
+    slow.unlink()
     after = status(cached)
     assert after["pid"] != before["pid"]
     assert after["started"] == before["started"]
@@ -232,13 +245,15 @@ def test_a_process_that_hangs_after_a_reload_is_ended(cached: Cluster, stream: A
 
 
 def test_a_reload_takes_a_checkpoint_that_lies_in_the_place_of_the_other(
-    overwritten: Cluster, stream: Any, checkpoints: tuple[Path, Path]
+    overwritten: Cluster, stream: Any, slow: Path
 ) -> None:
     of_the_first = text(overwritten, LONG)
     (before,) = daemons(overwritten)
+    slow.touch()
     running = stream(VERY_LONG)
     assert reload(overwritten, max_num_seqs=7)["weights_reused"] is False, "though vLLM takes them for the same"
     assert not running.is_done(), "or nothing is handed over"
+    slow.unlink()
     assert text(overwritten, LONG) != of_the_first
     assert running.text().startswith(of_the_first)
     wait_until(lambda: not before.is_running(), BOUND, "the first daemon to be gone")

