@@ -170,7 +170,7 @@ def test_wait_that_takes_too_long_serves_on_or_aborts(serving: Cluster, pool: Th
     assert [stream.whole() for stream in under_way] == [expected] * STREAMS
 
     aborted = streams(serving, pool, LONG)
-    assert done(order(serving, "pause", mode="wait", timeout=0.5, on_timeout="abort"))["state"] == "paused"
+    assert done(order(serving, "pause", mode="wait", timeout=3, on_timeout="abort"))["state"] == "paused"
     for stream in aborted:
         assert (agree(stream.whole(), expected), stream.finish) == (True, "abort")
 
