@@ -31,7 +31,7 @@ def check(engine_args: Any) -> None:
     for field in dataclasses.fields(engine_args):
         value = getattr(engine_args, field.name)
         hint = _hint(engine_args, field)
-        if value == field.default or not _is_scalar(hint):
+        if not _is_scalar(hint) or value == _default(field):
             continue
         try:
             checked = TypeAdapter(hint, config=_CONFIG).validate_python(value)
@@ -39,6 +39,11 @@ def check(engine_args: Any) -> None:
             wanted = " or ".join(dict.fromkeys(item["msg"] for item in error.errors()))
             raise BadLaunchArgumentError(f"{field.name}={value!r} cannot be used: {wanted.lower()}.") from None
         setattr(engine_args, field.name, checked)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    """What vLLM has where nothing is given; it may be a mark of another type, made by a factory, as in 0.29."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _hint(engine_args: Any, field: dataclasses.Field[Any]) -> Any:
