@@ -22,15 +22,15 @@ NOTHING: frozenset[str] = frozenset()
 class TestWhatIsNotSupported:
     @pytest.mark.parametrize(("n_worker", "executor"), [(1, "auto"), (1, "native_mp"), (2, "xoscar")])
     def test_does_not_include_what_works(self, n_worker: int, executor: str) -> None:
-        refuse_unsupported(n_worker, executor)
+        refuse_unsupported(n_worker, executor, gpus=1)
 
     def test_includes_xoscars_executor_on_one_worker(self) -> None:
         with pytest.raises(BadLaunchArgumentError, match=r"'xoscar' .* is not supported on one worker"):
-            refuse_unsupported(1, "xoscar")
+            refuse_unsupported(1, "xoscar", gpus=2)
 
     def test_includes_several_workers_without_gpus(self) -> None:
         with pytest.raises(BadLaunchArgumentError, match="n_worker=2 needs GPUs"):
-            refuse_unsupported(2, "auto", cpu_host=True)
+            refuse_unsupported(2, "auto", gpus=0)
 
 
 class TestAModelDirectory:

@@ -149,7 +149,9 @@ class Rest:
         after = self._engine.settings.idle_sleep_after
         if not (after and serves) or self._sleep is not None or self._engine.lifecycle.state is not State.READY:
             return
-        if self._client.is_attachable and self._client.idle() >= after and self._keeps_weights():
+        if not (self._client.is_attachable and self._can_sleep() and self._keeps_weights()):
+            return
+        if self._client.idle() >= after:
             self._order(None, f"no request has used it for {after:g} s", is_idle=True)
 
     def close(self) -> None:
@@ -164,6 +166,10 @@ class Rest:
     def _has_sleep_mode(self) -> bool:
         """Whether vLLM can put it to sleep; on CPUs that does nothing."""
         return bool(getattr(self._engine.spec.arguments, "enable_sleep_mode", False)) and not platform.is_cpu_build()
+
+    def _can_sleep(self) -> bool:
+        """Whether it can be woken: by vLLM, or because its processes can be started again."""
+        return self._has_sleep_mode() or not self._engine.spec.ranks_elsewhere
 
     def _keeps_weights(self) -> bool:
         """Whether it has the same weights when it is awake again."""
@@ -268,6 +274,8 @@ class Rest:
             return "serves no requests until it is given its weights again"
         if order.action == "sleep" and order.level is not None and not self._has_sleep_mode():
             return "was not launched with enable_sleep_mode on a GPU; leave level out, and its processes are ended"
+        if order.action == "sleep" and not self._can_sleep():
+            return "has ranks on several workers and was not launched with enable_sleep_mode on GPUs"
         if order.action == "sleep" and not self._keeps_weights():
             return f"would lose the weights of {self._client.changed_weights}(); launch it with enable_sleep_mode"
         return None

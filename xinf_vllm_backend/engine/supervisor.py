@@ -29,7 +29,7 @@ from .phase import Phase
 from .processes import EngineProcesses
 from .recovery import RestartBudget
 from .rest import Rest
-from .seams import core_client, pooling, resuming
+from .seams import core_client, platform, pooling, resuming
 from .spec import EngineSpec
 from .watch import Watch
 
@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+ONE_START = "its ranks are on several workers, and all of them have to be started with it"
 _AGAIN = "send the request again in a minute."
 
 
@@ -206,7 +207,8 @@ class EngineSupervisor:
             self._rest.close()
 
     async def _until_end(self) -> Ending:
-        self._watch = Watch(self.current, self.client, self.settings, self._look)
+        step_timeout = platform.step_timeout() if self.spec.ranks_elsewhere else 0.0
+        self._watch = Watch(self.current, self.client, self.settings, self._look, step_timeout)
         ending = await self._watch.until_end()
         if self.lifecycle.state in (State.STOPPING, State.STOPPED):
             return Ending.STOPPED
@@ -239,7 +241,7 @@ class EngineSupervisor:
         failures = [death.reason]
         while True:
             delay = budget.take() if self.client.is_attachable else None
-            if why := await self.meanwhile(asyncio.to_thread(self.spec.why_not_again)):
+            if why := await self.meanwhile(asyncio.to_thread(self.why_not_again)):
                 failures, delay = [f"{failures[0]}; it is not restarted in place: {why}"], None
             if delay is None:
                 self._give_up(_story(failures), death if len(failures) == 1 else None)
@@ -258,8 +260,12 @@ class EngineSupervisor:
                 self.serve_again(processes, f"it was restarted in {time.monotonic() - begun:.1f} s")
                 return
 
+    def why_not_again(self) -> str:
+        """Why it cannot be started again in place, a sentence; "" if it can."""
+        return ONE_START if self.spec.ranks_elsewhere else self.spec.why_not_again()
+
     def start_again(self) -> EngineProcesses:
-        if why := self.spec.why_not_again():
+        if why := self.why_not_again():
             raise EngineStartError(f"The vLLM engine of {self.name} cannot be started again: {why}")
         self.current.stop(kill=True)  # raises if a process of the last engine is left; then none is started
         spec = replace(self.spec, on_phase=lambda phase: None)
@@ -331,6 +337,10 @@ class EngineSupervisor:
     def current(self) -> EngineProcesses:
         assert self._processes is not None, "it was never started"
         return self._processes
+
+    def end_engine(self, reason: str) -> None:
+        """End the engine, as when it is found dead; on the event loop."""
+        self._rest.restart(reason)
 
     def is_dead(self) -> bool:
         """Whether the engine is dead just now; False while it was never ready, or sleeps."""

@@ -103,18 +103,25 @@ class Watch:
         client: through which their outputs go.
         settings: the options of the model.
         on_look: called at each look, on the event loop; False ends the watch.
+        step_timeout: seconds that a step may take in ranks that are not among the processes; 0 if all are.
 
     Attributes:
         silent: names of the parts of a data-parallel engine that hang; empty where that is all of it.
     """
 
     def __init__(
-        self, processes: EngineProcesses, client: EngineClient, settings: Settings, on_look: Callable[[], bool]
+        self,
+        processes: EngineProcesses,
+        client: EngineClient,
+        settings: Settings,
+        on_look: Callable[[], bool],
+        step_timeout: float = 0.0,
     ) -> None:
         self._processes = processes
         self._client = client
         self._settings = settings
         self._on_look = on_look
+        self._step_timeout = step_timeout
         ranks = core_client.ranks(processes.client) or (None,)
         self._ranks = [RankWatch(rank, processes, client, settings) for rank in ranks]
         self._rest = _clock(settings)  # of what belongs to no rank: the coordinator
@@ -179,8 +186,9 @@ class Watch:
 
     @property
     def _patience(self) -> float:
-        """An engine that carries out a call answers no heartbeat until that is done."""
-        return self._settings.call_timeout if self._client.calls else 0.0
+        """An engine that carries out a call, or waits for ranks elsewhere, answers no heartbeat until that is done."""
+        call = self._settings.call_timeout if self._client.calls else 0.0
+        return max(call, self._step_timeout) if len(self._client.journal) else call
 
     async def _next_look(self) -> None:
         noticed = asyncio.ensure_future(self._noticed.wait())

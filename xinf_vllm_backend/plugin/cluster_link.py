@@ -62,6 +62,17 @@ class ClusterLink:
         async with self._in_order:
             await self._tell("progress", self._supervised(ProgressTrackerActor, "set_progress", *progress))
 
+    async def show_place(self) -> None:
+        """Note which worker has this replica; Xinference does so of models on one worker alone."""
+        await self._tell("place", self._note_place())
+
+    async def _note_place(self) -> None:
+        from xinference.core.status_guard import StatusGuardActor
+
+        place = {"replica_model_uid": self._replica_uid, "worker_address": (await self._worker_ref()).address}
+        note = ("update_replica_status", self._model_uid, max(0, self._replica), place)
+        await self._supervised(StatusGuardActor, *note)
+
     async def announce(self, text: str, *, error: bool = False) -> None:
         """Add ``text`` to the model's events (``GET /v1/models/{uid}/events``)."""
         from xinference.core.event import Event, EventCollectorActor, EventType

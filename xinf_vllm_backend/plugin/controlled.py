@@ -68,8 +68,7 @@ class Controlled:
         if isinstance(self._engine, EngineSupervisor):
             return self._engine.control
         raise ControlError(
-            f"{self.raw_model_uid} runs Xinference's own engine (several workers, or a Xavier cache), which cannot be "
-            "paused."
+            f"{self.raw_model_uid} runs Xinference's own engine (it has a Xavier cache), which cannot be paused."
         )
 
     def _restore_pause(self) -> bool:

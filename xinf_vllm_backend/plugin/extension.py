@@ -7,6 +7,7 @@ from typing import Any
 
 from ..__version__ import __version__
 from . import (
+    across,
     generations,
     metrics,
     model_cache,
@@ -53,6 +54,7 @@ def install() -> None:
     _define_metrics()
     sub_pools.install()
     model_watch.install()
+    across.install()
     relaunch.install()
     generations.install_in_worker()
     metrics.install_in_worker()

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
 import time
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
+from xinference.device_utils import gpu_count
 from xinference.model.llm.vllm.core import VLLMModel
 
+from ..engine.processes import KILL_TIMEOUT
 from ..engine.seams import platform, start
+from ..engine.supervisor import EngineSupervisor
 from ..errors import EngineStartTimeoutError, EngineStoppedError
-from . import cpu, engine_log, generations, launch_arguments, request_arguments, weight_cache
-from .hosted import Hosted
+from ..settings import Settings
+from . import across, cpu, engine_log, generations, launch_arguments, request_arguments, weight_cache
+from .hosted import EXIT_STATUS, Hosted
 
 logger = logging.getLogger("xinference.vllm_backend")
+
+END_MARGIN = KILL_TIMEOUT + 10.0  # seconds beyond load_timeout in which our engine ends its start, and says why
 
 
 class HostedModel(Hosted, weight_cache.Cached, VLLMModel):
     """A mixin for Xinference's vLLM classes of chat models.
 
-    Models across several workers and with a Xavier cache run Xinference's own engine, with our errors, health task and
-    stop.
+    Of a model across several workers the first part runs the engine, and the others tell it where their ranks are.
+    Models with a Xavier cache run Xinference's own engine, with our errors, health task and stop.
     """
 
     def __init__(
@@ -32,7 +41,8 @@ class HostedModel(Hosted, weight_cache.Cached, VLLMModel):
         given = frozenset(arguments)
         super().__init__(model_uid, model_family, model_path, arguments, peft_model)
         self._host(options, given)
-        launch_arguments.refuse_unsupported(self._n_worker, self._get_xinference_executor_backend(), self._cpu_host)
+        launch_arguments.refuse_unsupported(self._n_worker, self._get_xinference_executor_backend(), gpu_count())
+        launch_arguments.refuse_sleep_across(self._n_worker, Settings.resolve(self._options), arguments)
         if self._cpu_host:
             self.model_family = cpu.without_vllm(self.model_family)
 
@@ -50,7 +60,7 @@ class HostedModel(Hosted, weight_cache.Cached, VLLMModel):
         return 1 if platform.is_cpu_build() else VLLMModel._get_cuda_count()
 
     def _native_mp_route(self) -> tuple[bool, str]:
-        if not self._is_ours():
+        if self._n_worker > 1 or not self._is_ours():
             upstreams: tuple[bool, str] = super()._native_mp_route()
             return upstreams
         several = self._get_allocated_device_count() > 1
@@ -60,7 +70,10 @@ class HostedModel(Hosted, weight_cache.Cached, VLLMModel):
         return self._model_config["tensor_parallel_size"], self._model_config["pipeline_parallel_size"]
 
     def _is_ours(self) -> bool:
-        return self._n_worker == 1 and self._xavier_config is None
+        return self._shard == 0 and self._xavier_config is None
+
+    def _ranks_elsewhere(self) -> bool:
+        return bool(self._n_worker > 1)
 
     # -- load
 
@@ -78,7 +91,20 @@ class HostedModel(Hosted, weight_cache.Cached, VLLMModel):
                 return
             generations.install_in_model_process()
             launch_arguments.check_model_directory(Path(self.model_path), self.model_spec.model_format, self._given)
-            self._load_here(started)
+            if self._ranks_elsewhere():
+                self._load_across()
+            else:
+                self._load_here(started)
+
+    def _load_across(self) -> None:
+        """Begin the load, which goes on when the other workers have told where their ranks are."""
+        with launch_arguments.environment_kept(), start.engine_made_by(self._started_now):
+            super().load()
+        if self._link is not None:
+            asyncio.run_coroutine_threadsafe(self._link.show_place(), self._loop)
+
+    def _started_now(self, engine_args: Any) -> EngineSupervisor:
+        return self._started(time.monotonic(), engine_args)
 
     def _load_here(self, started: float) -> None:
         with launch_arguments.environment_kept():
@@ -95,13 +121,16 @@ class HostedModel(Hosted, weight_cache.Cached, VLLMModel):
     def wait_for_load(self) -> None:
         """Finish the load, and start the health task on the event loop."""
         with self._readable_errors():
-            if not self._is_ours():
-                self._await_upstreams()
+            if self._ranks_elsewhere() or not self._is_ours():
+                self._await_load()
             super().wait_for_load()
-        self._greet()
+            if self._shard > 0:
+                self._loop.call_soon_threadsafe(self._begin_watch)
+        if self._shard == 0:
+            self._greet()
 
-    def _await_upstreams(self) -> None:
-        """Wait for Xinference's own engine, whose load has no bound.
+    def _await_load(self) -> None:
+        """Wait for the thread of a load that Xinference does not bound.
 
         Raises:
             EngineStartTimeoutError: it was not ready in time.
@@ -109,21 +138,41 @@ class HostedModel(Hosted, weight_cache.Cached, VLLMModel):
         thread, limit = self._loading_thread, self._settings.load_timeout
         if thread is None:
             return
-        thread.join(max(0.0, self._load_started + limit - time.monotonic()))
+        # Across workers the time counts from here: before, another worker may have downloaded the model.
+        begun = time.monotonic() if self._ranks_elsewhere() else self._load_started
+        thread.join(max(0.0, begun + limit - time.monotonic()))
+        if thread.is_alive() and self._engine is not None:  # ours, which ends its start by itself
+            thread.join(END_MARGIN)
         if thread.is_alive():
             raise EngineStartTimeoutError(
                 f"The model {self.raw_model_uid}, on several workers or with a Xavier cache, was not ready after "
                 f"{limit:g} s; raise load_timeout if it needs longer."
             )
 
+    def _begin_watch(self) -> None:
+        if not self._stop_requested:
+            watch = across.until_gone(self._driver_info["address"], self.raw_model_uid, self._settings)
+            self._check_health_task = self._loop.create_task(self._follow(watch))
+
+    async def lost_rank(self, reason: str) -> None:
+        """End the engine, of which a rank is gone; called by the worker that had it."""
+        if isinstance(self._engine, EngineSupervisor):
+            self._engine.end_engine(reason)
+
+    async def _follow(self, driver_gone: Awaitable[None]) -> None:
+        """End this process, and with it the ranks of its worker, when the first part of the model is gone."""
+        await driver_gone
+        logger.error("The part %d of %s ends: its first part is gone", self._shard, self.raw_model_uid)
+        os._exit(EXIT_STATUS)
+
     def _sanitize_model_config(self, model_config: Any) -> Any:
         config = super()._sanitize_model_config(model_config)
         if platform.is_cpu_build():
             cpu.fill_in(config, self._given, self._settings, self._n_worker)
-            if self._is_ours():
+            if self._is_ours() and not self._ranks_elsewhere():
                 self._environment = cpu.share_cores(config)
         elif self._is_ours():
-            launch_arguments.share_devices(config, self._given, max(1, self._device_count or 0))
+            launch_arguments.share_devices(config, self._given, max(1, self._device_count or 0) * self._n_worker)
         return config
 
     @staticmethod
@@ -141,7 +190,7 @@ class HostedModel(Hosted, weight_cache.Cached, VLLMModel):
         return self.why_cache_is_gone()
 
     def _failover(self) -> dict[str, Any] | None:
-        return super()._failover() if self._is_ours() else None
+        return super()._failover() if self._is_ours() and not self._ranks_elsewhere() else None
 
     def _asked(self) -> tuple[Any, ...]:
         spec = self.model_spec
@@ -155,12 +204,26 @@ class HostedModel(Hosted, weight_cache.Cached, VLLMModel):
 
     # -- stop
 
+    def stop(self) -> None:
+        """Stop the engine, or this part of it, in any state; idempotent and bounded. Blocks."""
+        if self._shard == 0:
+            super().stop()
+        else:  # what is remembered of the replica is its first part's
+            self._end()
+
     def _end(self) -> None:
         VLLMModel.stop(self)
 
     def _stop_engine(self) -> None:
         if self._is_ours():
             super()._stop_engine()
+            self._wait_no_more()
         else:
             self._stop_requested = True
             VLLMModel._stop_engine(self)
+
+    def _wait_no_more(self) -> None:
+        """End a load that waits for the other workers."""
+        all_ready = getattr(self, "_all_worker_ready", None)
+        if all_ready is not None:
+            all_ready.set()

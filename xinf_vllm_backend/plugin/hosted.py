@@ -21,7 +21,7 @@ from ..engine.seams import platform, version
 from ..engine.spec import EngineSpec
 from ..engine.supervisor import EngineSupervisor
 from ..engine.watch import busy_factor
-from ..errors import BackendError, BadLaunchArgumentError, EngineStartError
+from ..errors import BackendError, BadLaunchArgumentError, EngineStartError, EngineStoppedError
 from ..settings import Settings, variable
 from . import cluster_link, controlled, engine_log, metrics, model_process, pickling, replica_log, xinference_version
 from .cluster_link import ClusterLink
@@ -82,6 +82,10 @@ class Hosted(controlled.Controlled):
         method = self._options.get(START_METHOD) if self._is_ours() else "spawn"
         return pickling.reduce_model(self, method, variable(START_METHOD), self._directory())
 
+    def _ranks_elsewhere(self) -> bool:
+        """Whether the ranks of the engine are processes of several workers, and not its own."""
+        return False
+
     def _is_ours(self) -> bool:
         """Whether this package runs the engine, and not Xinference."""
         return True
@@ -115,6 +119,15 @@ class Hosted(controlled.Controlled):
         for death in replica_log.read(self.raw_model_uid).last[-1:]:
             self._announce(f"The model {self.raw_model_uid} {how}, after this: {death['reason']}")
 
+    def _started(self, since: float, engine_args: Any) -> EngineSupervisor:
+        """Start the engine while Xinference's class makes it, and not afterwards."""
+        engine = self._engine = self._make_supervisor(engine_args)
+        if self._stop_requested:
+            raise EngineStoppedError(f"The model {self.raw_model_uid} was stopped while it was loading.")
+        engine_log.include_vllm_logger()
+        engine.start(since)
+        return engine
+
     def _make_supervisor(self, engine_args: Any) -> EngineSupervisor:
         spec = EngineSpec(
             self.raw_model_uid,
@@ -126,6 +139,7 @@ class Hosted(controlled.Controlled):
             on_move=self._moved,
             on_inexact=lambda request_id, why: self._count(cluster_link.INEXACT),
             why_not_again=self._why_not_again,
+            ranks_elsewhere=self._ranks_elsewhere(),
         )
         supervisor = EngineSupervisor(spec)
         supervisor.control.on_change = functools.partial(replica_log.record_pause, self.raw_model_uid)

@@ -5,27 +5,28 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator, MutableMapping, Set
+from collections.abc import Iterator, Mapping, MutableMapping, Set
 from pathlib import Path
 from typing import Any
 
 from ..errors import BadLaunchArgumentError
+from ..settings import Settings
 
 _TOKENIZER_FILE = re.compile(r"token|tekken|vocab|merges|spiece|\.model$")
 
 
-def refuse_unsupported(n_worker: int, executor: str, cpu_host: bool = False) -> None:
+def refuse_unsupported(n_worker: int, executor: str, gpus: int) -> None:
     """Refuse what Xinference's own classes can do and ours cannot, and what neither can.
 
     Args:
         n_worker: workers of one replica.
         executor: Xinference's ``xinference_vllm_executor_backend``.
-        cpu_host: whether vLLM is the CPU build.
+        gpus: of this worker.
 
     Raises:
         BadLaunchArgumentError: one of them cannot work.
     """
-    if n_worker > 1 and cpu_host:
+    if n_worker > 1 and not gpus:
         raise BadLaunchArgumentError(
             f"n_worker={n_worker} needs GPUs: Xinference starts a part of the engine for each, and this host has none; "
             "launch with n_worker=1, and with several replicas to use several workers."
@@ -34,6 +35,25 @@ def refuse_unsupported(n_worker: int, executor: str, cpu_host: bool = False) -> 
         raise BadLaunchArgumentError(
             "xinference_vllm_executor_backend='xoscar' (or XINFERENCE_VLLM_EXECUTOR_BACKEND) forks EngineCore and "
             "is not supported on one worker; leave it out, and vLLM's own multiprocessing executor is used."
+        )
+
+
+def refuse_sleep_across(n_worker: int, settings: Settings, arguments: Mapping[str, Any]) -> None:
+    """Refuse a model that would sleep by ending processes which nobody could start again one by one.
+
+    Args:
+        n_worker: workers of one replica.
+        settings: the options of the model.
+        arguments: the engine's.
+
+    Raises:
+        BadLaunchArgumentError: it would.
+    """
+    if n_worker > 1 and settings.idle_sleep_after and not arguments.get("enable_sleep_mode"):
+        raise BadLaunchArgumentError(
+            f"idle_sleep_after={settings.idle_sleep_after:g} with n_worker={n_worker} needs enable_sleep_mode, "
+            "because the processes of several workers are not started again in place; launch with --enable_sleep_mode "
+            "true, or without idle_sleep_after."
         )
 
 

@@ -14,9 +14,8 @@ from typing import Any
 
 from ..engine.blocking import BlockingEngine, Requests, calling
 from ..engine.seams import platform, pooling
-from ..engine.supervisor import EngineSupervisor
-from ..errors import BadLaunchArgumentError, EngineStoppedError
-from . import cpu, engine_log, launch_arguments
+from ..errors import BadLaunchArgumentError
+from . import cpu, launch_arguments
 from .check import vllm_check
 from .hosted import Hosted
 
@@ -91,14 +90,6 @@ class HostedPoolingModel(Hosted):
             if pooling.is_blocking(self._model):
                 self._check_pools()
                 self._serve_on_threads()
-
-    def _started(self, since: float, engine_args: Any) -> EngineSupervisor:
-        engine = self._engine = self._make_supervisor(engine_args)
-        if self._stop_requested:
-            raise EngineStoppedError(f"The model {self.raw_model_uid} was stopped while it was loading.")
-        engine_log.include_vllm_logger()
-        engine.start(since)
-        return engine
 
     def wait_for_load(self) -> None:
         """Finish the load, and start the health task on the event loop."""

@@ -18,7 +18,7 @@ from typing import Any
 from ..engine.recovery import RestartBudget
 from ..engine.seams.seam import Seam
 from ..settings import Settings
-from . import model_watch, replica_log
+from . import across, model_watch, replica_log
 from .cluster_link import GIVEN_UP, WorkerLink
 from .sub_pools import is_of_ours
 
@@ -117,6 +117,7 @@ class Relaunches:
         # Replicas that Xinference clears away after a death; it then launches them again or gives them up.
         self._dying: set[str] = set()
         self._deleting: set[str] = set()
+        self._clearing: set[str] = set()  # what is left of them is ended before they are launched again
 
     # -- in place of Xinference's methods
 
@@ -129,23 +130,30 @@ class Relaunches:
             uid = launch_args["model_uid"]
             if uid in self._dying:  # else it was deleted meanwhile
                 self._dying.discard(uid)
-                self.begin(worker, uid, functools.partial(original, worker, launch_args))
+                if not across.spans_workers(**launch_args):
+                    self.begin(worker, uid, functools.partial(original, worker, launch_args))
+                elif across.is_driver(**launch_args):
+                    self.begin(worker, uid, functools.partial(self._launch_across, worker, launch_args))
 
         return recover_model
 
     def terminating(self, original: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
         @functools.wraps(original)
         async def terminate_model(worker: Any, model_uid: str, is_model_die: bool = False) -> None:
-            is_ours = is_of_ours(**worker._model_uid_to_launch_args.get(model_uid, {}))
+            launch_args = worker._model_uid_to_launch_args.get(model_uid, {})
+            is_ours = is_of_ours(**launch_args)
             if is_model_die:
                 if is_ours and model_uid not in self._deleting:
                     self._dying.add(model_uid)
                 model_watch.watches.end(model_uid)
                 await original(worker, model_uid, is_model_die=True)
                 return
+            if model_uid in self._clearing:
+                await original(worker, model_uid)
+                return
             is_ours = is_ours or model_uid in self._replicas
             await self._delete(worker, model_uid, functools.partial(original, worker, model_uid))
-            if is_ours:
+            if is_ours and across.is_driver(**launch_args):
                 replica_log.forget(model_uid)  # its process may have ended before it did so itself
 
         return terminate_model
@@ -174,6 +182,15 @@ class Relaunches:
         finally:
             self._deleting.discard(uid)
         self._forget(uid)
+
+    async def _launch_across(self, worker: Any, launch_args: dict[str, Any]) -> None:
+        uid = launch_args["model_uid"]
+        self._clearing.add(uid)
+        try:
+            await across.clear(worker, uid)
+        finally:
+            self._clearing.discard(uid)
+        await across.launch_again(worker, launch_args)
 
     def _forget(self, uid: str) -> None:
         self._replicas.pop(uid, None)

@@ -216,7 +216,6 @@ def _marking(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable
 def is_of_ours(
     model_type: str = "",
     model_engine: str | None = None,
-    n_worker: int | None = 1,
     xavier_config: Any = None,
     kwargs: Any = None,
     **_: Any,
@@ -225,7 +224,6 @@ def is_of_ours(
     return (
         model_type.upper() in ("LLM", "EMBEDDING", "RERANK")
         and (model_engine or "").upper() == "VLLM"
-        and (n_worker or 1) == 1
         and not xavier_config
         and not (kwargs or {}).get("xavier_config")
     )

@@ -15,6 +15,7 @@ from typing import Any
 from ...process import ports
 from .seam import Seam
 
+STEP_MARGIN = 10.0  # seconds
 WORKER = "::Worker"  # in the title of each Worker process, behind VLLM_PROCESS_NAME_PREFIX
 _RANK = re.compile(r"EngineCore_DP(\d+)")  # the name of the EngineCore of a data-parallel rank
 CUDA_COMPATIBILITY = "VLLM_ENABLE_CUDA_COMPATIBILITY"  # makes vLLM extend LD_LIBRARY_PATH when it is imported
@@ -71,6 +72,14 @@ def is_cpu_build() -> bool:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return sign in importlib.metadata.version(distribution)
     return False
+
+
+def step_timeout() -> float:
+    """Seconds after which Xinference's own executor, across several workers, ends an engine whose ranks do not answer.
+
+    A little more than that, so that its own error is the one that is told. Source: ``vllm.envs`` has the default.
+    """
+    return float(os.environ.get("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "300")) + STEP_MARGIN
 
 
 def ld_preload() -> dict[str, str]:
