@@ -12,9 +12,11 @@ from xinf_vllm_backend.errors import BadLaunchArgumentError
 from xinf_vllm_backend.plugin.launch_arguments import (
     check_model_directory,
     environment_kept,
+    refuse_sleep_across,
     refuse_unsupported,
     share_devices,
 )
+from xinf_vllm_backend.settings import Settings
 
 NOTHING: frozenset[str] = frozenset()
 
@@ -31,6 +33,18 @@ class TestWhatIsNotSupported:
     def test_includes_several_workers_without_gpus(self) -> None:
         with pytest.raises(BadLaunchArgumentError, match="n_worker=2 needs GPUs"):
             refuse_unsupported(2, "auto", gpus=0)
+
+
+class TestSleepAcrossWorkers:
+    @pytest.mark.parametrize(
+        ("n_worker", "after", "arguments"), [(1, 3, {}), (2, 0, {}), (2, 3, {"enable_sleep_mode": True})]
+    )
+    def test_is_taken_where_it_can_be_woken(self, n_worker: int, after: float, arguments: dict[str, Any]) -> None:
+        refuse_sleep_across(n_worker, Settings(idle_sleep_after=after), arguments)
+
+    def test_is_refused_where_processes_would_end(self) -> None:
+        with pytest.raises(BadLaunchArgumentError, match="idle_sleep_after=3 with n_worker=2 needs enable_sleep_mode"):
+            refuse_sleep_across(2, Settings(idle_sleep_after=3), {})
 
 
 class TestAModelDirectory:

@@ -19,7 +19,7 @@ from typing import Any
 from ..engine.seams.seam import Seam
 from ..settings import Settings
 from . import replicas
-from .sub_pools import is_of_ours
+from .launched import is_of_ours, spans_workers
 
 logger = logging.getLogger("xinference.vllm_backend")
 
@@ -48,22 +48,13 @@ POOL_BEGUN = Seam(
 )
 SEAMS = (LAUNCH, TERMINATE, POOL_ENDED, POOL_BEGUN, POOLS)
 
+LOADING, READY = "LOADING", "READY"  # Xinference's LaunchStatus
 TELL_TIMEOUT = 10.0  # seconds for the driver to hear of the death of a rank
 INTERVAL = 2.0  # seconds between two looks at the driver
 GRACE = 30.0  # seconds for which a driver may be gone: its worker has all parts ended meanwhile, unless it died, too
 _telling: set[asyncio.Task[None]] = set()  # held until they are done
 # Of one part, in what Xinference keeps of a launch.
 _OF_A_PART = ("shard", "driver_info", "launch_ts", "model_python_executable")
-
-
-def spans_workers(n_worker: int | None = 1, **_: Any) -> bool:
-    """Whether a launch with these arguments, or these kept ones, makes a model across several workers."""
-    return (n_worker or 1) > 1
-
-
-def is_driver(shard: int | None = 0, **_: Any) -> bool:
-    """Whether a launch with these arguments makes the part that runs the engine."""
-    return not shard
 
 
 def install() -> None:
@@ -118,6 +109,22 @@ async def _tell(driver: str, uid: str, reason: str) -> None:
         await asyncio.wait_for(model.lost_rank(reason), TELL_TIMEOUT)
     except Exception as error:  # of many kinds; it may have ended, and finds out by its next request if not
         logger.warning("The first part of %s did not hear that %s: %r", uid, reason, error)
+
+
+async def show(worker: Any, replica_uid: str, status: str) -> None:
+    """Show the model as LOADING or READY.
+
+    Xinference takes a part whose load has begun for READY, and so do its UI and its command line: on one worker the
+    load is over then.
+    """
+    import xoscar as xo
+
+    try:
+        supervisor = await worker.get_supervisor_ref(add_worker=False)
+        guard = await xo.actor_ref(address=supervisor.address, uid=replicas.STATUSES_UID)
+        await asyncio.wait_for(guard.update_instance_info(_name(replica_uid), {"status": status}), TELL_TIMEOUT)
+    except Exception as error:  # it is launched all the same
+        logger.warning("%s could not be shown as %s: %r", replica_uid, status, error)
 
 
 async def until_gone(address: str, uid: str, settings: Settings) -> None:

@@ -67,11 +67,19 @@ class ClusterLink:
         await self._tell("place", self._note_place())
 
     async def _note_place(self) -> None:
+        await self._note({"replica_model_uid": self._replica_uid, "worker_address": (await self._worker_ref()).address})
+
+    async def show_failure(self, text: str) -> None:
+        """Show why the launch failed; Xinference does so of models on one worker alone."""
+        await asyncio.gather(
+            self._tell("failure", self._note({"error_message": text})), self.announce(text, error=True)
+        )
+
+    async def _note(self, fields: dict[str, Any]) -> None:
         from xinference.core.status_guard import StatusGuardActor
 
-        place = {"replica_model_uid": self._replica_uid, "worker_address": (await self._worker_ref()).address}
-        note = ("update_replica_status", self._model_uid, max(0, self._replica), place)
-        await self._supervised(StatusGuardActor, *note)
+        replica = max(0, self._replica)
+        await self._supervised(StatusGuardActor, "update_replica_status", self._model_uid, replica, fields)
 
     async def announce(self, text: str, *, error: bool = False) -> None:
         """Add ``text`` to the model's events (``GET /v1/models/{uid}/events``)."""

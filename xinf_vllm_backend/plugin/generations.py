@@ -18,6 +18,7 @@ from ..engine import preload
 from ..engine.seams.seam import Seam
 from ..errors import EngineDiedError
 from . import engine_log, model_process, model_watch, pickling, replica_log, sub_pools, weight_cache
+from .launched import is_of_ours
 from .push import lost
 from .weight_cache import Cached
 
@@ -177,7 +178,7 @@ def install_in_worker() -> None:
 def _replacing(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
     @functools.wraps(original)
     async def replace(worker: Any, model_uid: str, *args: Any, **kwargs: Any) -> Any:
-        if not sub_pools.is_of_ours(**worker._model_uid_to_launch_args.get(model_uid, {})):
+        if not is_of_ours(**worker._model_uid_to_launch_args.get(model_uid, {})):
             return await original(worker, model_uid, *args, **kwargs)
         model = worker._model_uid_to_model[model_uid]
         await model.refuse_to_be_replaced()

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
 from pathlib import Path
 from typing import Any
 
 from xinference.device_utils import gpu_count
 from xinference.model.llm.vllm.core import VLLMModel
 
-from ..engine.processes import KILL_TIMEOUT
+from ..engine import diagnosis
 from ..engine.seams import platform, start
 from ..engine.supervisor import EngineSupervisor
 from ..errors import EngineStartTimeoutError, EngineStoppedError
 from ..settings import Settings
 from . import across, cpu, engine_log, generations, launch_arguments, request_arguments, weight_cache
+from .cluster_link import TELL_TIMEOUT
 from .hosted import EXIT_STATUS, Hosted
 
 logger = logging.getLogger("xinference.vllm_backend")
 
-END_MARGIN = KILL_TIMEOUT + 10.0  # seconds beyond load_timeout in which our engine ends its start, and says why
+END_MARGIN = 30.0  # seconds beyond load_timeout in which our engine ends its start, kills included, and says why
 
 
 class HostedModel(Hosted, weight_cache.Cached, VLLMModel):
@@ -120,7 +122,7 @@ class HostedModel(Hosted, weight_cache.Cached, VLLMModel):
 
     def wait_for_load(self) -> None:
         """Finish the load, and start the health task on the event loop."""
-        with self._readable_errors():
+        with self._readable_errors(), self._failure_shown():
             if self._ranks_elsewhere() or not self._is_ours():
                 self._await_load()
             super().wait_for_load()
@@ -128,6 +130,16 @@ class HostedModel(Hosted, weight_cache.Cached, VLLMModel):
                 self._loop.call_soon_threadsafe(self._begin_watch)
         if self._shard == 0:
             self._greet()
+
+    @contextlib.contextmanager
+    def _failure_shown(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if self._ranks_elsewhere() and self._link is not None:
+                showing = self._link.show_failure(diagnosis.describe(error))
+                asyncio.run_coroutine_threadsafe(showing, self._loop).result(2 * TELL_TIMEOUT)
+            raise
 
     def _await_load(self) -> None:
         """Wait for the thread of a load that Xinference does not bound.

@@ -157,15 +157,16 @@ class Hosted(controlled.Controlled):
     @contextlib.contextmanager
     def _readable_errors(self) -> Iterator[None]:
         """Raise any exception as one of our errors with exactly one string, which can cross the process border."""
-        try:
-            yield
-        except (BackendError, BadLaunchArgumentError) as error:
-            logger.error("%s", error)
-            raise type(error)(str(error)) from None
-        except Exception as error:
-            logger.exception("Loading %s failed", self.raw_model_uid)
-            kind = BadLaunchArgumentError if isinstance(error, (TypeError, ValueError)) else EngineStartError
-            raise kind(f"The model {self.raw_model_uid} could not be loaded: {_in_words(error)}") from None
+        with _without_chain():
+            try:
+                yield
+            except (BackendError, BadLaunchArgumentError) as error:
+                logger.error("%s", error)
+                raise type(error)(str(error)) from None
+            except Exception as error:
+                logger.exception("Loading %s failed", self.raw_model_uid)
+                kind = BadLaunchArgumentError if isinstance(error, (TypeError, ValueError)) else EngineStartError
+                raise kind(f"The model {self.raw_model_uid} could not be loaded: {_in_words(error)}") from None
 
     # -- health
 
@@ -355,6 +356,16 @@ class Hosted(controlled.Controlled):
             self._loop.call_soon_threadsafe(task.cancel)
         if self._engine is not None:  # else load() sees that it was asked to stop
             self._engine.stop(self._settings.stop_timeout)
+
+
+@contextlib.contextmanager
+def _without_chain() -> Iterator[None]:
+    """Drop what an error came from: xoscar pickles that, too, and some of it cannot be pickled."""
+    try:
+        yield
+    except Exception as error:
+        error.__cause__ = error.__context__ = None
+        raise
 
 
 def undecorated(method: Callable[..., Any]) -> Callable[..., Any]:

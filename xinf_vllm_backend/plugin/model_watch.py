@@ -24,9 +24,9 @@ from ..engine.watch import busy_factor
 from ..errors import BadLaunchArgumentError
 from ..process.stacks import Stack, StackReader
 from ..settings import Settings
-from . import replica_log
+from . import across, replica_log
 from .cluster_link import WorkerLink
-from .sub_pools import is_of_ours
+from .launched import is_driver, is_of_ours, spans_workers
 
 logger = logging.getLogger("xinference.vllm_backend")
 
@@ -65,8 +65,11 @@ def _watching(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitabl
     @functools.wraps(original)
     async def wait_for_load(worker: Any, model_uid: str) -> Any:
         answer = await original(worker, model_uid)
-        if is_of_ours(**worker._model_uid_to_launch_args.get(model_uid, {})):
+        launch_args = worker._model_uid_to_launch_args.get(model_uid, {})
+        if is_of_ours(**launch_args):
             watches.begin(worker, model_uid)
+            if spans_workers(**launch_args) and is_driver(**launch_args):
+                await across.show(worker, model_uid, across.READY)
         return answer
 
     return wait_for_load

@@ -20,7 +20,7 @@ from ..engine.seams.seam import Seam
 from ..settings import Settings
 from . import across, model_watch, replica_log
 from .cluster_link import GIVEN_UP, WorkerLink
-from .sub_pools import is_of_ours
+from .launched import is_driver, is_of_ours, spans_workers
 
 logger = logging.getLogger("xinference.vllm_backend")
 
@@ -130,9 +130,9 @@ class Relaunches:
             uid = launch_args["model_uid"]
             if uid in self._dying:  # else it was deleted meanwhile
                 self._dying.discard(uid)
-                if not across.spans_workers(**launch_args):
+                if not spans_workers(**launch_args):
                     self.begin(worker, uid, functools.partial(original, worker, launch_args))
-                elif across.is_driver(**launch_args):
+                elif is_driver(**launch_args):
                     self.begin(worker, uid, functools.partial(self._launch_across, worker, launch_args))
 
         return recover_model
@@ -153,7 +153,7 @@ class Relaunches:
                 return
             is_ours = is_ours or model_uid in self._replicas
             await self._delete(worker, model_uid, functools.partial(original, worker, model_uid))
-            if is_ours and across.is_driver(**launch_args):
+            if is_ours and is_driver(**launch_args):
                 replica_log.forget(model_uid)  # its process may have ended before it did so itself
 
         return terminate_model

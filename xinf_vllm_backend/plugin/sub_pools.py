@@ -31,7 +31,8 @@ from ..process.zygote.client import ZygoteUnavailableError
 from ..process.zygote.host import CommandPopen, HostZygote
 from ..process.zygote.server import TITLE
 from ..settings import HostSettings, variable
-from . import model_process
+from . import across, model_process
+from .launched import is_of_ours, spans_workers
 
 logger = logging.getLogger("xinference.vllm_backend")
 
@@ -207,26 +208,14 @@ def _marking(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable
     async def launched(*args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(original).bind(*args, **kwargs)
         given.apply_defaults()
-        with forking(is_of_ours(**given.arguments)):
-            return await original(*args, **kwargs)
+        is_ours = is_of_ours(**given.arguments)
+        with forking(is_ours):
+            answer = await original(*args, **kwargs)
+        if is_ours and spans_workers(**given.arguments):
+            await across.show(given.arguments["self"], given.arguments["model_uid"], across.LOADING)
+        return answer
 
     return launched
-
-
-def is_of_ours(
-    model_type: str = "",
-    model_engine: str | None = None,
-    xavier_config: Any = None,
-    kwargs: Any = None,
-    **_: Any,
-) -> bool:
-    """Whether a launch with these arguments, or these kept ones, makes a model that this package runs itself."""
-    return (
-        model_type.upper() in ("LLM", "EMBEDDING", "RERANK")
-        and (model_engine or "").upper() == "VLLM"
-        and not xavier_config
-        and not (kwargs or {}).get("xavier_config")
-    )
 
 
 def _stopping(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
