@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import inspect
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,11 +24,14 @@ from xinf_vllm_backend.engine.seams import (
     version,
 )
 from xinf_vllm_backend.plugin import (
+    across,
     generations,
     metrics,
     middleware,
     model_cache,
+    model_watch,
     named_parsers,
+    relaunch,
     sub_pools,
     weight_cache,
 )
@@ -36,12 +40,17 @@ from xinf_vllm_backend.process.context import EngineContext
 
 pytestmark = pytest.mark.engine
 
+# Some of these are not in Xinference 4.0.
+OF_4_1 = (*relaunch.SEAMS, *weight_cache.SEAMS, *generations.SEAMS, *named_parsers.SEAMS)
+
 
 @pytest.mark.parametrize(
     "seam",
     (
         *SEAMS,
         *sub_pools.SEAMS,
+        *model_watch.SEAMS,
+        *across.SEAMS,
         *api_side.SEAMS,
         api_side.EVENTS,
         *model_side.SEAMS,
@@ -49,14 +58,14 @@ pytestmark = pytest.mark.engine
         *ids.SEAMS,
         *metrics.SEAMS,
         *model_cache.SEAMS,
-        *weight_cache.SEAMS,
-        *generations.SEAMS,
         *middleware.SEAMS,
-        *named_parsers.SEAMS,
+        *OF_4_1,
     ),
     ids=lambda seam: seam.name,
 )
 def test_what_is_installed_has_the_seam(seam: Seam) -> None:
+    if seam in OF_4_1 and metadata.version("xinference").startswith("4.0.") and not seam.present():
+        pytest.skip("it came with Xinference 4.1; doctor says what 4.0 lacks by that")
     assert seam.present()
 
 

@@ -105,8 +105,8 @@ async def _tell(driver: str, uid: str, reason: str) -> None:
     import xoscar as xo
 
     try:
-        model = await asyncio.wait_for(xo.actor_ref(driver, uid), TELL_TIMEOUT)
-        await asyncio.wait_for(model.lost_rank(reason), TELL_TIMEOUT)
+        model = await xo.wait_for(xo.actor_ref(driver, uid), TELL_TIMEOUT)
+        await xo.wait_for(model.lost_rank(reason), TELL_TIMEOUT)
     except Exception as error:  # of many kinds; it may have ended, and finds out by its next request if not
         logger.warning("The first part of %s did not hear that %s: %r", uid, reason, error)
 
@@ -122,7 +122,7 @@ async def show(worker: Any, replica_uid: str, status: str) -> None:
     try:
         supervisor = await worker.get_supervisor_ref(add_worker=False)
         guard = await xo.actor_ref(address=supervisor.address, uid=replicas.STATUSES_UID)
-        await asyncio.wait_for(guard.update_instance_info(_name(replica_uid), {"status": status}), TELL_TIMEOUT)
+        await xo.wait_for(guard.update_instance_info(_name(replica_uid), {"status": status}), TELL_TIMEOUT)
     except Exception as error:  # it is launched all the same
         logger.warning("%s could not be shown as %s: %r", replica_uid, status, error)
 
@@ -142,8 +142,8 @@ async def until_gone(address: str, uid: str, settings: Settings) -> None:
         begun = time.monotonic()
         patience = GRACE
         try:
-            driver = await asyncio.wait_for(xo.actor_ref(address, uid), settings.hang_timeout)
-            await asyncio.wait_for(driver.get_pid(), settings.hang_timeout)
+            driver = await xo.wait_for(xo.actor_ref(address, uid), settings.hang_timeout)
+            await xo.wait_for(driver.get_pid(), settings.hang_timeout)
             heard = time.monotonic()
         except (asyncio.TimeoutError, TimeoutError):
             patience = settings.hang_timeout + GRACE

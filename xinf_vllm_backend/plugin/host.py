@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import logging
 import os
@@ -138,7 +139,7 @@ class HostedModel(Hosted, weight_cache.Cached, VLLMModel):
         except Exception as error:
             if self._ranks_elsewhere() and self._link is not None:
                 showing = self._link.show_failure(diagnosis.describe(error))
-                asyncio.run_coroutine_threadsafe(showing, self._loop).result(2 * TELL_TIMEOUT)
+                concurrent.futures.wait([asyncio.run_coroutine_threadsafe(showing, self._loop)], 2 * TELL_TIMEOUT)
             raise
 
     def _await_load(self) -> None:
