@@ -6,42 +6,22 @@ It then starts a process for a rank in each worker, and vLLM's CPU build runs in
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from changed_modules import Changing, python_path
+
 
 def install(directory: Path) -> str:
     """Make the files in ``directory``; what ``PYTHONPATH`` is to be."""
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "sitecustomize.py").write_text(f"import {__name__}\n{__name__}.begin()\n")
-    earlier = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    return os.pathsep.join([str(directory), str(Path(__file__).parent), *earlier])
+    return python_path(directory, __name__)
 
 
 def begin() -> None:
     """Called in each Python process as it begins."""
-    sys.meta_path.insert(0, _Finder())
+    sys.meta_path.insert(0, Changing("xinference.device_utils", _count_one))
 
 
-class _Finder:
-    """Finds Xinference's module of devices, and has it count one."""
-
-    NAME = "xinference.device_utils"
-
-    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        if name != self.NAME:
-            return None
-        from importlib.machinery import PathFinder
-
-        spec = PathFinder.find_spec(name, path)
-        assert spec is not None and spec.loader is not None
-        run = spec.loader.exec_module
-
-        def run_and_change(module: Any) -> None:
-            run(module)
-            module.gpu_count = lambda: 1
-
-        spec.loader.exec_module = run_and_change  # type: ignore[method-assign]
-        return spec
+def _count_one(module: Any) -> None:
+    module.gpu_count = lambda: 1

