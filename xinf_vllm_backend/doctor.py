@@ -14,7 +14,7 @@ from packaging.specifiers import SpecifierSet
 
 from .engine import preload
 from .engine.seams import SEAMS, Seam, start, version
-from .plugin import across, generations, model_watch, named_parsers, relaunch, sub_pools, weight_cache
+from .plugin import across, generations, model_watch, named_parsers, relaunch, sub_pools, weight_cache, xavier
 from .plugin.push import api_side, model_side, served
 from .plugin.xinference_version import SUPPORTED as XINFERENCE
 from .process import tree
@@ -57,6 +57,7 @@ def examine() -> list[Finding]:
         _guarded("model processes that hang", "found and killed by their worker", model_watch.SEAMS),
         _guarded("models whose process dies", "launched again within a budget", relaunch.SEAMS),
         _guarded("models across several workers", "launched again as a whole", across.SEAMS),
+        _guarded("models with a Xavier cache", "hosted like others", xavier.SEAMS),
         _guarded("reloads of running models", "by a process beside the old one", generations.SEAMS),
         _guarded("vLLM's parsers of tool calls and reasoning", "used where a launch names one", named_parsers.SEAMS),
         _guarded("checkpoints in a weight cache", "known by their checksums", weight_cache.SEAMS),

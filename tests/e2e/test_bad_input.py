@@ -71,7 +71,6 @@ FAKE_VLLM = {
 # What only the REST API takes, of features that run as upstream's: here what they need is missing.
 REST: dict[str, tuple[dict[str, Any], str]] = {
     "nixl": ({"_nixl_config": {"role": "prefill"}}, r"NIXL is not available"),
-    "xavier": ({"enable_xavier": True, "replica": 2}, r"could not be loaded: ModuleNotFoundError: .* \(install it"),
     "wrong-type-by-rest": ({"max_num_seqs": "many"}, r"max_num_seqs='many' cannot be used"),
 }
 

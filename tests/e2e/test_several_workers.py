@@ -117,7 +117,7 @@ def test_it_can_be_paused_but_not_put_to_sleep(wide: Cluster) -> None:
     assert order("resume").json()["state"] == "serving"
     refused = order("sleep")
     assert refused.status_code == httpx.codes.CONFLICT
-    assert "has ranks on several workers" in refused.json()["detail"]
+    assert "its ranks are on several workers" in refused.json()["detail"]
     assert wide.answers(UID)
 
 

@@ -34,6 +34,7 @@ from xinf_vllm_backend.plugin import (
     relaunch,
     sub_pools,
     weight_cache,
+    xavier,
 )
 from xinf_vllm_backend.plugin.push import api_side, ids, model_side, served
 from xinf_vllm_backend.process.context import EngineContext
@@ -51,6 +52,7 @@ OF_4_1 = (*relaunch.SEAMS, *weight_cache.SEAMS, *generations.SEAMS, *named_parse
         *sub_pools.SEAMS,
         *model_watch.SEAMS,
         *across.SEAMS,
+        *xavier.SEAMS,
         *api_side.SEAMS,
         api_side.EVENTS,
         *model_side.SEAMS,

@@ -25,6 +25,7 @@ from xinf_vllm_backend.engine.seams import SEAMS, Seam, child, core_client, plat
 from xinf_vllm_backend.engine.seams.start import CONTEXT, INSPECTION
 from xinf_vllm_backend.errors import CannotResumeError, UnsupportedVersionError
 from xinf_vllm_backend.plugin import (
+    across,
     generations,
     metrics,
     middleware,
@@ -34,6 +35,7 @@ from xinf_vllm_backend.plugin import (
     relaunch,
     sub_pools,
     weight_cache,
+    xavier,
 )
 from xinf_vllm_backend.plugin.push import api_side, ids, model_side, served
 from xinf_vllm_backend.process.context import EngineContext
@@ -189,6 +191,8 @@ class TestSeam:
             generations,
             middleware,
             named_parsers,
+            across,
+            xavier,
         )
         of_xinference = [api_side.EVENTS, *(seam for module in modules for seam in module.SEAMS)]
         assert [row(seam) for seam in (*SEAMS, *of_xinference) if row(seam) not in page] == []
@@ -348,6 +352,13 @@ class TestEngineFactory:
         with start.engine_made_by(lambda args: f"ours of {args}"):
             assert module.AsyncLLMEngine.from_engine_args("tiny") == "ours of tiny"
         assert module.AsyncLLMEngine is original
+
+    def test_it_is_ours_where_xinference_has_taken_the_name_to_another_module(self, put: Any) -> None:
+        put("vllm.engine.async_llm_engine", AsyncLLMEngine="vllm's")
+        taken = put("xinference.model.llm.vllm.xavier.engine", AsyncLLMEngine="vllm's")
+        with start.engine_made_by(lambda args: f"ours of {args}", xavier.ENGINE):
+            assert taken.AsyncLLMEngine.from_engine_args("tiny", True, "a context", None) == "ours of tiny"
+        assert taken.AsyncLLMEngine == "vllm's"
 
     def test_the_engine_factory_is_vllms_again_when_loading_fails(self, put: Any) -> None:
         original = SimpleNamespace()

@@ -104,7 +104,6 @@ class TestWhichAreForked:
             {"model_engine": "transformers"},
             {"model_engine": None},
             {"model_engine": "vllm", "model_type": "audio"},
-            {"model_engine": "vllm", "xavier_config": {"rank": 1}},
         ],
         ids=lambda other: "-".join(map(str, other)),
     )

@@ -169,7 +169,7 @@ class Rest:
 
     def _can_sleep(self) -> bool:
         """Whether it can be woken: by vLLM, or because its processes can be started again."""
-        return self._has_sleep_mode() or not self._engine.spec.ranks_elsewhere
+        return self._has_sleep_mode() or not self._engine.spec.one_start
 
     def _keeps_weights(self) -> bool:
         """Whether it has the same weights when it is awake again."""
@@ -275,7 +275,8 @@ class Rest:
         if order.action == "sleep" and order.level is not None and not self._has_sleep_mode():
             return "was not launched with enable_sleep_mode on a GPU; leave level out, and its processes are ended"
         if order.action == "sleep" and not self._can_sleep():
-            return "has ranks on several workers and was not launched with enable_sleep_mode on GPUs"
+            once = self._engine.spec.one_start
+            return f"was not launched with enable_sleep_mode on GPUs, and cannot be started again in place: {once}"
         if order.action == "sleep" and not self._keeps_weights():
             return f"would lose the weights of {self._client.changed_weights}(); launch it with enable_sleep_mode"
         return None

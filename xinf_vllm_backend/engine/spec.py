@@ -25,6 +25,7 @@ class EngineSpec:
         on_line: called, from several threads, with each line that the engine's processes print.
         on_move: called with each change of state, on the thread that made it.
         why_not_again: asked, on a thread, before each further start: why there can be none; "" if there can.
+        one_start: why its processes can be started once alone, a sentence; "" if they can be started again.
         ranks_elsewhere: whether its ranks are processes that Xinference started, on several workers: each serves one
             engine alone, and nobody here sees whether it computes.
         on_inexact: called with the id of each request that goes on after a death, but not exactly, and why.
@@ -38,5 +39,6 @@ class EngineSpec:
     on_line: Callable[[str], None] = lambda line: None
     on_move: Callable[[Move], None] = lambda move: None
     why_not_again: Callable[[], str] = lambda: ""
+    one_start: str = ""
     ranks_elsewhere: bool = False
     on_inexact: Callable[[str, str], None] = lambda request_id, why: None

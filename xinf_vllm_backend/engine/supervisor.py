@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-ONE_START = "its ranks are on several workers, and all of them have to be started with it"
 _AGAIN = "send the request again in a minute."
 
 
@@ -262,7 +261,7 @@ class EngineSupervisor:
 
     def why_not_again(self) -> str:
         """Why it cannot be started again in place, a sentence; "" if it can."""
-        return ONE_START if self.spec.ranks_elsewhere else self.spec.why_not_again()
+        return self.spec.one_start or self.spec.why_not_again()
 
     def start_again(self) -> EngineProcesses:
         if why := self.why_not_again():

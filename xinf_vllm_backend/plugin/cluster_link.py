@@ -118,6 +118,10 @@ class ClusterLink:
         except Exception as error:
             logger.warning("The %s of %s did not reach the cluster: %r", what, self._replica_uid, error)
 
+    async def supervisor(self) -> Any:
+        """Xinference's supervisor."""
+        return await (await self._worker_ref()).get_supervisor_ref(add_worker=False)
+
     async def _worker_ref(self) -> Any:
         import xoscar as xo
         from xinference.core.worker import WorkerActor
@@ -132,7 +136,7 @@ class ClusterLink:
     async def _supervised(self, actor: Any, method: str, *args: Any) -> Any:
         import xoscar as xo
 
-        supervisor = await (await self._worker_ref()).get_supervisor_ref(add_worker=False)
+        supervisor = await self.supervisor()
         return await getattr(await xo.actor_ref(address=supervisor.address, uid=actor.default_uid()), method)(*args)
 
 

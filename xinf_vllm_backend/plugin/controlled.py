@@ -65,16 +65,15 @@ class Controlled:
         return control.status()
 
     def _control(self) -> Control:
-        if isinstance(self._engine, EngineSupervisor):
-            return self._engine.control
-        raise ControlError(
-            f"{self.raw_model_uid} runs Xinference's own engine (it has a Xavier cache), which cannot be paused."
-        )
+        if self._engine is None:
+            raise ControlError(f"{self.raw_model_uid} has no engine yet; try again when it is ready.")
+        control: Control = self._engine.control
+        return control
 
     def _restore_pause(self) -> bool:
         """Be paused as the process before this one was, and say whether it was; blocks, and needs the event loop."""
         paused = replica_log.read(self.raw_model_uid).paused
-        if paused is None or self._loop is None or not isinstance(self._engine, EngineSupervisor):
+        if paused is None or self._loop is None:
             return False
         restoring = asyncio.run_coroutine_threadsafe(_restored(self._engine.control, paused), self._loop)
         try:
@@ -89,9 +88,9 @@ async def _restored(control: Control, paused: dict[str, Any]) -> None:
     control.restore(paused)
 
 
-def status_of(engine: Any) -> dict[str, Any]:
+def status_of(engine: EngineSupervisor | None) -> dict[str, Any]:
     """What ``GET /v1/models/{uid}/engine`` shows of the control of ``engine``."""
-    if not isinstance(engine, EngineSupervisor):
+    if engine is None:
         return {"epoch": 0, "control": "serving", "control_reason": "", "waiting": 0}
     status = engine.control.status()
     return {name: status[name] for name in ("epoch", "control", "control_reason", "waiting", "order")}

@@ -16,11 +16,12 @@ from xinference.device_utils import gpu_count
 from xinference.model.llm.vllm.core import VLLMModel
 
 from ..engine import diagnosis
+from ..engine.lifecycle import Move, State
 from ..engine.seams import platform, start
 from ..engine.supervisor import EngineSupervisor
 from ..errors import EngineStartTimeoutError, EngineStoppedError
 from ..settings import Settings
-from . import across, cpu, engine_log, generations, launch_arguments, request_arguments, weight_cache
+from . import across, cpu, engine_log, generations, launch_arguments, request_arguments, weight_cache, xavier
 from .cluster_link import TELL_TIMEOUT
 from .hosted import EXIT_STATUS, Hosted
 
@@ -33,7 +34,6 @@ class HostedModel(Hosted, weight_cache.Cached, VLLMModel):
     """A mixin for Xinference's vLLM classes of chat models.
 
     Of a model across several workers the first part runs the engine, and the others tell it where their ranks are.
-    Models with a Xavier cache run Xinference's own engine, with our errors, health task and stop.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class HostedModel(Hosted, weight_cache.Cached, VLLMModel):
         return 1 if platform.is_cpu_build() else VLLMModel._get_cuda_count()
 
     def _native_mp_route(self) -> tuple[bool, str]:
-        if self._n_worker > 1 or not self._is_ours():
+        if self._n_worker > 1 or self._xavier_config is not None:
             upstreams: tuple[bool, str] = super()._native_mp_route()
             return upstreams
         several = self._get_allocated_device_count() > 1
@@ -72,11 +72,21 @@ class HostedModel(Hosted, weight_cache.Cached, VLLMModel):
     def _get_native_mp_parallelism(self) -> tuple[int, int]:
         return self._model_config["tensor_parallel_size"], self._model_config["pipeline_parallel_size"]
 
-    def _is_ours(self) -> bool:
-        return self._shard == 0 and self._xavier_config is None
+    def _runs_engine(self) -> bool:
+        """Whether this is the part of the model that runs its engine."""
+        return bool(self._shard == 0)
 
     def _ranks_elsewhere(self) -> bool:
         return bool(self._n_worker > 1)
+
+    def _has_role(self) -> bool:
+        """Whether it does only the prefill of requests, or only what follows."""
+        return self._xavier_config is not None and self._xavier_config["role"] != "hybrid"
+
+    def _one_start(self) -> str:
+        if self._ranks_elsewhere():
+            return "its ranks are on several workers, and all of them have to be started with it"
+        return "" if self._xavier_config is None else xavier.one_start(self._xavier_config)
 
     # -- load
 
@@ -86,10 +96,10 @@ class HostedModel(Hosted, weight_cache.Cached, VLLMModel):
         Raises:
             BackendError, ValueError: one sentence with the root cause; nothing is left running.
         """
-        started = self._load_started = self._begin_load()
+        started = self._begin_load()
         with self._readable_errors():
             self._check_vllm()
-            if not self._is_ours():
+            if not self._runs_engine():
                 super().load()
                 return
             generations.install_in_model_process()
@@ -111,9 +121,14 @@ class HostedModel(Hosted, weight_cache.Cached, VLLMModel):
 
     def _load_here(self, started: float) -> None:
         with launch_arguments.environment_kept():
-            with start.engine_made_by(self._make_supervisor):
+            seam = start.ENGINE_CLASS
+            if self._xavier_config is not None:
+                xavier.provide_streams()
+                seam = xavier.ENGINE
+            with start.engine_made_by(self._make_supervisor, seam):
                 super().load()
-                self._loading_thread.join(self._settings.load_timeout)
+                if self._loading_thread is not None:  # with a Xavier cache there is none
+                    self._loading_thread.join(self._settings.load_timeout)
             if self._stop_requested:
                 raise EngineStoppedError(f"The model {self.model_uid} was stopped while it was loading.")
             if self._loading_error is not None:
@@ -124,12 +139,12 @@ class HostedModel(Hosted, weight_cache.Cached, VLLMModel):
     def wait_for_load(self) -> None:
         """Finish the load, and start the health task on the event loop."""
         with self._readable_errors(), self._failure_shown():
-            if self._ranks_elsewhere() or not self._is_ours():
+            if self._ranks_elsewhere():
                 self._await_load()
             super().wait_for_load()
-            if self._shard > 0:
+            if not self._runs_engine():
                 self._loop.call_soon_threadsafe(self._begin_watch)
-        if self._shard == 0:
+        if self._runs_engine():
             self._greet()
 
     @contextlib.contextmanager
@@ -143,7 +158,7 @@ class HostedModel(Hosted, weight_cache.Cached, VLLMModel):
             raise
 
     def _await_load(self) -> None:
-        """Wait for the thread of a load that Xinference does not bound.
+        """Wait for the thread of a load across workers, which Xinference does not bound.
 
         Raises:
             EngineStartTimeoutError: it was not ready in time.
@@ -151,16 +166,19 @@ class HostedModel(Hosted, weight_cache.Cached, VLLMModel):
         thread, limit = self._loading_thread, self._settings.load_timeout
         if thread is None:
             return
-        # Across workers the time counts from here: before, another worker may have downloaded the model.
-        begun = time.monotonic() if self._ranks_elsewhere() else self._load_started
-        thread.join(max(0.0, begun + limit - time.monotonic()))
+        thread.join(limit)  # from here: before, another worker may have downloaded the model
         if thread.is_alive() and self._engine is not None:  # ours, which ends its start by itself
             thread.join(END_MARGIN)
         if thread.is_alive():
             raise EngineStartTimeoutError(
-                f"The model {self.raw_model_uid}, on several workers or with a Xavier cache, was not ready after "
-                f"{limit:g} s; raise load_timeout if it needs longer."
+                f"The model {self.raw_model_uid}, on several workers, was not ready after {limit:g} s; "
+                "raise load_timeout if it needs longer."
             )
+
+    def _moved(self, move: Move) -> None:
+        super()._moved(move)
+        if move.state is State.RESTARTING and self._xavier_config is not None and self._link is not None:
+            asyncio.run_coroutine_threadsafe(xavier.release(self._link, self.raw_model_uid), self._loop)
 
     def _begin_watch(self) -> None:
         if not self._stop_requested:
@@ -169,7 +187,7 @@ class HostedModel(Hosted, weight_cache.Cached, VLLMModel):
 
     async def lost_rank(self, reason: str) -> None:
         """End the engine, of which a rank is gone; called by the worker that had it."""
-        if isinstance(self._engine, EngineSupervisor):
+        if self._engine is not None:
             self._engine.end_engine(reason)
 
     async def _follow(self, driver_gone: Awaitable[None]) -> None:
@@ -182,9 +200,9 @@ class HostedModel(Hosted, weight_cache.Cached, VLLMModel):
         config = super()._sanitize_model_config(model_config)
         if platform.is_cpu_build():
             cpu.fill_in(config, self._given, self._settings, self._n_worker)
-            if self._is_ours() and not self._ranks_elsewhere():
+            if self._runs_engine() and not self._ranks_elsewhere():
                 self._environment = cpu.share_cores(config)
-        elif self._is_ours():
+        elif self._runs_engine():
             launch_arguments.share_devices(config, self._given, max(1, self._device_count or 0) * self._n_worker)
         return config
 
@@ -193,6 +211,12 @@ class HostedModel(Hosted, weight_cache.Cached, VLLMModel):
         config = VLLMModel._sanitize_generate_config(generate_config)
         request_arguments.check_guided_json(config["guided_json"])
         return config
+
+    async def heartbeat(self) -> dict[str, Any]:
+        told = await super().heartbeat()
+        if self._xavier_config is not None:
+            told["settings"]["hang_timeout"] = max(told["settings"]["hang_timeout"], xavier.PATIENCE)
+        return told
 
     async def engine_status(self) -> dict[str, Any]:
         return {**await super().engine_status(), "weight_cache": self.weight_cache_status()}
@@ -203,7 +227,7 @@ class HostedModel(Hosted, weight_cache.Cached, VLLMModel):
         return self.why_cache_is_gone()
 
     def _failover(self) -> dict[str, Any] | None:
-        return super()._failover() if self._is_ours() and not self._ranks_elsewhere() else None
+        return None if self._ranks_elsewhere() or self._has_role() else super()._failover()
 
     def _asked(self) -> tuple[Any, ...]:
         spec = self.model_spec
@@ -219,7 +243,7 @@ class HostedModel(Hosted, weight_cache.Cached, VLLMModel):
 
     def stop(self) -> None:
         """Stop the engine, or this part of it, in any state; idempotent and bounded. Blocks."""
-        if self._shard == 0:
+        if self._runs_engine():
             super().stop()
         else:  # what is remembered of the replica is its first part's
             self._end()
@@ -228,7 +252,7 @@ class HostedModel(Hosted, weight_cache.Cached, VLLMModel):
         VLLMModel.stop(self)
 
     def _stop_engine(self) -> None:
-        if self._is_ours():
+        if self._runs_engine():
             super()._stop_engine()
             self._wait_no_more()
         else:

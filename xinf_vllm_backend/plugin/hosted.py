@@ -79,16 +79,15 @@ class Hosted(controlled.Controlled):
         replica_log.begin(self.raw_model_uid)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        method = self._options.get(START_METHOD) if self._is_ours() else "spawn"
-        return pickling.reduce_model(self, method, variable(START_METHOD), self._directory())
+        return pickling.reduce_model(self, self._options.get(START_METHOD), variable(START_METHOD), self._directory())
 
     def _ranks_elsewhere(self) -> bool:
         """Whether the ranks of the engine are processes of several workers, and not its own."""
         return False
 
-    def _is_ours(self) -> bool:
-        """Whether this package runs the engine, and not Xinference."""
-        return True
+    def _one_start(self) -> str:
+        """Why the processes of the engine can be started once alone, a sentence; "" if they can be started again."""
+        return ""
 
     def _directory(self) -> str:
         """The directory of the model."""
@@ -139,6 +138,7 @@ class Hosted(controlled.Controlled):
             on_move=self._moved,
             on_inexact=lambda request_id, why: self._count(cluster_link.INEXACT),
             why_not_again=self._why_not_again,
+            one_start=self._one_start(),
             ranks_elsewhere=self._ranks_elsewhere(),
         )
         supervisor = EngineSupervisor(spec)
@@ -172,20 +172,8 @@ class Hosted(controlled.Controlled):
 
     async def _check_healthy(self, interval: float = 30) -> None:
         """Created as a task by ``wait_for_load``, cancelled by ``stop``; ``interval`` is upstream's and not used."""
-        engine = self._engine
-        if isinstance(engine, EngineSupervisor):
-            if await engine.watch():
-                await self.engine_died()
-            return
-        while not self._engine_is_dead():
-            await asyncio.sleep(self._settings.health_interval)
-        await self.engine_died()
-
-    def _engine_is_dead(self) -> bool:
-        engine = self._engine
-        if self._stop_requested or engine is None:
-            return False
-        return engine.is_dead() if isinstance(engine, EngineSupervisor) else bool(engine.errored)
+        if await self._engine.watch():
+            await self.engine_died()
 
     def _moved(self, move: Move) -> None:
         """Tell the cluster that the engine is being restarted in place, and that it is back."""
@@ -234,10 +222,7 @@ class Hosted(controlled.Controlled):
         return await asyncio.shield(self._death)
 
     async def _give_up(self) -> str:
-        engine = self._engine
-        how = f"The vLLM engine of {self.raw_model_uid} died"
-        if isinstance(engine, EngineSupervisor):
-            how = engine.failure or await asyncio.to_thread(engine.death)
+        how = self._engine.failure or await asyncio.to_thread(self._engine.death)
         reason = f"{how}. The model process ends so that Xinference starts the model again."
         logger.error("%s", reason)
         if self._death_recorded:  # it was to be restarted, and could not be
@@ -305,11 +290,10 @@ class Hosted(controlled.Controlled):
     async def engine_status(self) -> dict[str, Any]:
         """State, processes and past deaths of this replica's engine, as plain data."""
         engine = self._engine
-        ours = isinstance(engine, EngineSupervisor)
         log = await asyncio.to_thread(replica_log.read, self.raw_model_uid)
         return {
             "replica": self.raw_model_uid,
-            **(self._of_ours(engine) if ours else {"state": self._state_of_upstreams(), "processes": []}),
+            **({"state": State.STARTING.value, "processes": []} if engine is None else self._of(engine)),
             **controlled.status_of(engine),
             "pid": os.getpid(),
             "started": model_process.how_started(),
@@ -321,11 +305,8 @@ class Hosted(controlled.Controlled):
             **replica_log.summary(log),
         }
 
-    def _state_of_upstreams(self) -> str:
-        return "stopped" if self._stop_requested else "dead" if self._engine_is_dead() else "ready"
-
     @staticmethod
-    def _of_ours(engine: EngineSupervisor) -> dict[str, Any]:
+    def _of(engine: EngineSupervisor) -> dict[str, Any]:
         moves = engine.lifecycle.history
         return {
             "state": engine.lifecycle.state.value,

@@ -8,17 +8,10 @@ from typing import Any
 def is_of_ours(
     model_type: str = "",
     model_engine: str | None = None,
-    xavier_config: Any = None,
-    kwargs: Any = None,
     **_: Any,
 ) -> bool:
     """Whether a launch with these arguments, or these kept ones, makes a model that this package runs itself."""
-    return (
-        model_type.upper() in ("LLM", "EMBEDDING", "RERANK")
-        and (model_engine or "").upper() == "VLLM"
-        and not xavier_config
-        and not (kwargs or {}).get("xavier_config")
-    )
+    return model_type.upper() in ("LLM", "EMBEDDING", "RERANK") and (model_engine or "").upper() == "VLLM"
 
 
 def spans_workers(n_worker: int | None = 1, **_: Any) -> bool:

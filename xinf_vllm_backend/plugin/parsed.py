@@ -68,7 +68,7 @@ class ParsedChats(VLLMModel):
 
     def load(self) -> None:
         super().load()
-        if self._named and self._is_ours():
+        if self._named and self._runs_engine():
             with self._readable_errors():
                 self._try_parsers()
 

@@ -49,6 +49,12 @@ LAUNCH = Seam(
     "telling model processes of ours from others",
     "each imports Xinference and vLLM itself",
 )
+RANK0 = Seam(
+    "xinference.core.worker",
+    "WorkerActor.launch_rank0_model",
+    "forking the process that a Xavier cache has beside its replicas",
+    "it imports Xinference and vLLM itself before the replicas are launched",
+)
 CANCEL = Seam(
     "xinference.core.worker",
     "WorkerActor.cancel_launch_model",
@@ -58,7 +64,7 @@ CANCEL = Seam(
 LAUNCHED = Seam("xinference.core.worker", "WorkerActor._model_uid_to_launch_args", CANCEL.used_for, CANCEL.without)
 FORKING = (SUB_POOL, HANDLE, LAUNCH)
 CANCELLING = (CANCEL, LAUNCHED)
-SEAMS = FORKING + CANCELLING
+SEAMS = (*FORKING, RANK0, *CANCELLING)
 
 # What Xinference gives a model process whose Python is another.
 _OF_THE_PYTHON = frozenset(
@@ -88,6 +94,7 @@ def install() -> None:
         return
     if LAUNCH.wrap(_marking):
         SUB_POOL.wrap(_forking)
+        RANK0.wrap(_forked_always)
     if LAUNCHED.present():
         CANCEL.wrap(_stopping)
 
@@ -214,6 +221,15 @@ def _marking(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable
         if is_ours and spans_workers(**given.arguments):
             await across.show(given.arguments["self"], given.arguments["model_uid"], across.LOADING)
         return answer
+
+    return launched
+
+
+def _forked_always(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    @functools.wraps(original)
+    async def launched(*args: Any, **kwargs: Any) -> Any:
+        with forking():
+            return await original(*args, **kwargs)
 
     return launched
 

@@ -22,7 +22,6 @@ from ..engine import diagnosis
 from ..engine.lifecycle import State
 from ..engine.pause import Stage
 from ..engine.seams.seam import Seam
-from ..engine.supervisor import EngineSupervisor
 from ..errors import BadLaunchArgumentError, ControlError, EngineStartError
 from ..process import environment
 from ..process.cleanup import AtEnd
@@ -205,12 +204,12 @@ class Cached:
 
     def engine_processes(self) -> list[dict[str, Any]]:
         """Those of the engine that run."""
-        return self._engine.processes() if isinstance(self._engine, EngineSupervisor) else []
+        return [] if self._engine is None else self._engine.processes()
 
     def why_not_replaced(self) -> str:
         """Why no other engine can take the place of this one now; "" if one can."""
         engine = self._engine
-        if not isinstance(engine, EngineSupervisor):
+        if engine is None:
             return ""
         if engine.control.stage is not Stage.SERVING:
             return "it is paused; resume it first"

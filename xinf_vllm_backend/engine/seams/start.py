@@ -238,11 +238,16 @@ ENGINE_CLASS = Seam(
 
 
 @contextlib.contextmanager
-def engine_made_by(factory: Callable[[Any], Any]) -> Iterator[None]:
-    """Let ``AsyncLLMEngine.from_engine_args(args)`` be ``factory(args)`` inside the context."""
-    module: Any = importlib.import_module(ENGINE_CLASS.module)
+def engine_made_by(factory: Callable[[Any], Any], seam: Seam = ENGINE_CLASS) -> Iterator[None]:
+    """Let ``AsyncLLMEngine.from_engine_args(args, ...)`` be ``factory(args)`` inside the context.
+
+    Args:
+        factory: makes the engine from a ``vllm.AsyncEngineArgs``.
+        seam: the name ``AsyncLLMEngine`` in the module that takes the engine from there.
+    """
+    module: Any = importlib.import_module(seam.module)
     original = module.AsyncLLMEngine
-    module.AsyncLLMEngine = SimpleNamespace(from_engine_args=factory)
+    module.AsyncLLMEngine = SimpleNamespace(from_engine_args=lambda engine_args, *others: factory(engine_args))
     try:
         yield
     finally:

@@ -1,0 +1,162 @@
+"""A model with a Xavier cache: its replicas read from each other, and come back like those without one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from xinf_vllm_backend.demo.cluster import Cluster, title, wait_until
+from xinf_vllm_backend.demo.tiny_model import model_registration
+
+pytest.importorskip("xxhash")  # of Xinference's cache
+pytestmark = pytest.mark.e2e
+
+UID = "cached"
+REPLICAS = [f"{UID}-rep{index}" for index in range(2)]
+BOUND = 120.0  # seconds; reached only by what hangs
+OPTIONS = {
+    "model_name": "tiny",
+    "model_engine": "vLLM",
+    "model_format": "pytorch",
+    "enable_xavier": True,
+    "replica": 2,
+    "dtype": "float32",
+    "enforce_eager": True,
+    "block_size": 16,
+    "hang_timeout": 5,
+    "restart_refill": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def empty(tiny_model: Path) -> Iterator[Cluster]:
+    with Cluster(env={"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}) as running:
+        running.register(model_registration("tiny", tiny_model))
+        yield running
+        assert running.stop() == []
+
+
+@pytest.fixture(scope="module")
+def cached(empty: Cluster) -> Iterator[Cluster]:
+    """The cluster, with a model of two replicas."""
+    answer = launched(empty, UID)
+    assert answer.status_code == 200, answer.text
+    yield empty
+    ended = empty.cli("terminate", "--model-uid", UID)
+    assert ended.returncode == 0, ended.stderr
+    wait_until(lambda: not parts(empty), BOUND, "the replicas to be gone")
+
+
+def launched(cluster: Cluster, uid: str, **more: Any) -> httpx.Response:
+    body = {**OPTIONS, "model_uid": uid, **more}
+    return httpx.post(f"{cluster.endpoint}/v1/models", json=body, timeout=BOUND)
+
+
+def parts(cluster: Cluster) -> list[str]:
+    """Titles of all processes of models and engines."""
+    found = (title(process).strip() for process in cluster.processes())
+    return sorted(name for name in found if name.startswith(("Model: ", "VLLM::")))
+
+
+def completed(cluster: Cluster, prompt: str, max_tokens: int = 8) -> dict[str, Any]:
+    body = {"model": UID, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+    answer = httpx.post(f"{cluster.endpoint}/v1/completions", json=body, timeout=BOUND)
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+def text(answer: dict[str, Any]) -> str:
+    return str(answer["choices"][0]["text"])
+
+
+def of_cache(answer: dict[str, Any]) -> int:
+    """How many tokens of the prompt were not computed for this request."""
+    return int(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+
+def replicas(cluster: Cluster) -> dict[str, Any]:
+    status = httpx.get(f"{cluster.endpoint}/v1/models/{UID}/engine", timeout=BOUND).json()
+    return {replica["replica"]: replica for replica in status["replicas"]}
+
+
+def process(cluster: Cluster, replica: str, kind: str) -> psutil.Process:
+    """Of one replica: "model", or the engine's of that kind."""
+    status = replicas(cluster)[replica]
+    if kind == "model":
+        return psutil.Process(status["pid"])
+    return psutil.Process(next(found["pid"] for found in status["processes"] if kind in found["title"]))
+
+
+def serves(cluster: Cluster, replica: str) -> bool:
+    return bool(replicas(cluster).get(replica, {}).get("state") == "ready")
+
+
+def is_shared(cluster: Cluster, prompt: str) -> bool:
+    """Whether both replicas have the prompt, of which one has computed it."""
+    first, *others = (completed(cluster, prompt) for _ in range(4))
+    assert of_cache(first) == 0
+    assert {text(answer) for answer in others} == {text(first)}
+    return all(of_cache(answer) > 0 for answer in others)
+
+
+def test_the_engines_are_hosted(cached: Cluster) -> None:
+    assert {name: status["state"] for name, status in replicas(cached).items()} == dict.fromkeys(REPLICAS, "ready")
+    for replica in REPLICAS:
+        assert process(cached, replica, "EngineCore").is_running()
+
+
+def test_a_replica_reads_what_the_other_has_computed(cached: Cluster) -> None:
+    """Requests take turns, so that the second one of a prompt is the other replica's."""
+    # Xinference copies what was computed into the cache behind the request.
+    wait_until(lambda: is_shared(cached, f"{next(numbers)} sheep jump over the gate, " * 20), BOUND, "a shared prompt")
+
+
+numbers = iter(range(1, 1000))
+
+
+@pytest.mark.parametrize("kind", ["EngineCore", "model"])
+def test_requests_go_on_when_a_process_is_killed(cached: Cluster, kind: str) -> None:
+    prompt, tokens = f"{next(numbers)} wolves wait at the gate, " * 8, 200
+    undisturbed = text(completed(cached, prompt, tokens))
+    victim = process(cached, REPLICAS[0], kind)
+    with ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(completed, cached, prompt, tokens) for _ in range(6)]
+        wait_until(lambda: busy(cached), BOUND, "both replicas to work")
+        victim.kill()
+        assert [text(future.result(BOUND)) for future in asked] == [undisturbed] * 6
+    wait_until(lambda: serves(cached, REPLICAS[0]), BOUND, "the replica to serve again")
+    wait_until(lambda: is_shared(cached, f"{next(numbers)} sheep jump over the gate, " * 20), BOUND, "a shared prompt")
+
+
+def busy(cluster: Cluster) -> bool:
+    return all(replica["requests"] for replica in replicas(cluster).values())
+
+
+def test_an_engine_that_is_stopped_is_found(cached: Cluster) -> None:
+    victim = process(cached, REPLICAS[1], "EngineCore")
+    victim.suspend()
+    wait_until(lambda: not victim.is_running(), BOUND, "the engine that hangs to be killed")
+    wait_until(lambda: serves(cached, REPLICAS[1]), BOUND, "the replica to serve again")
+    assert "hangs" in httpx.get(f"{cached.endpoint}/v1/models/{UID}/events", timeout=BOUND).text
+
+
+def test_a_paused_model_keeps_its_requests(cached: Cluster) -> None:
+    url = f"{cached.endpoint}/v1/models/{UID}"
+    assert httpx.post(f"{url}/pause", timeout=BOUND).status_code == 200
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(completed, cached, "hello")
+        assert httpx.post(f"{url}/resume", timeout=BOUND).status_code == 200
+        assert text(asked.result(BOUND))
+
+
+def test_a_launch_that_takes_too_long_says_so_and_leaves_nothing(cached: Cluster) -> None:
+    before = parts(cached)
+    answer = launched(cached, "late", load_timeout=0.5)
+    assert "not ready after 0.5 s" in answer.json()["detail"]
+    wait_until(lambda: parts(cached) == before, BOUND, "the processes of the failed launch to be gone")

@@ -1,0 +1,95 @@
+"""A model with a Xavier cache, whose replicas read from each other what one of them has computed of a prompt.
+
+What an engine has computed is copied into an actor of its model process, where the other replicas find it. It outlives
+the engine, which is restarted in place like any other. Only what the dead engine was reading at the others is reserved
+there, and has to be released.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from ..engine.seams import platform
+from ..engine.seams.seam import Seam
+from . import replicas
+from .cluster_link import ClusterLink
+
+logger = logging.getLogger("xinference.vllm_backend")
+
+ENGINE = Seam(
+    "xinference.model.llm.vllm.xavier.engine",
+    "AsyncLLMEngine",
+    "replacing the engine of a model with a Xavier cache",
+    "no launch with enable_xavier works",
+)
+RELEASE = Seam(
+    "xinference.model.llm.vllm.xavier.transfer",
+    "TransferActor",
+    "releasing what an engine that died was reading from a Xavier cache",
+    "it stays reserved at the other replicas until the model is launched again",
+    members=("default_uid", "release_consumer_leases_v1"),
+)
+SEAMS = (ENGINE, RELEASE)
+
+RELEASE_TIMEOUT = 10.0  # seconds for another replica to release what is reserved at it
+# Seconds for which a model process need not answer: Xinference holds it up for 30 s if the others do not connect to it
+# when one of them is launched again.
+PATIENCE = 45.0
+
+
+def provide_streams() -> None:
+    """Have streams that do nothing in the place of CUDA's on a host without GPUs: Xinference makes one for each cache.
+
+    vLLM's CPU build puts them there in its own processes, when it imports what a Worker needs.
+    """
+    if platform.is_cpu_build():
+        for module in platform.worker_modules():
+            importlib.import_module(module)
+
+
+def one_start(config: Mapping[str, Any]) -> str:
+    """Why an engine with such a cache can be started once alone, a sentence; "" if it can be started again.
+
+    Args:
+        config: Xinference's, of the replica.
+    """
+    if config.get("gpu_cache_bytes") is None:
+        return ""
+    return "the model process has mapped the GPU memory of its Xavier cache"
+
+
+async def release(link: ClusterLink, replica_uid: str) -> None:
+    """Have the other replicas release what the engine of this one, which is gone, was reading from them.
+
+    Args:
+        link: to the cluster.
+        replica_uid: of the replica that lost its engine.
+    """
+    import xoscar as xo
+    from xinference.core.utils import parse_replica_model_uid
+
+    model_uid, index = parse_replica_model_uid(replica_uid)
+
+    async def released_by(other: replicas.Replica) -> None:
+        address = (await other.model()).address
+        uid = f"{RELEASE.owner().TransferActor.default_uid()}-{_rank(parse_replica_model_uid(other.uid)[1])}"
+        await (await xo.actor_ref(address, uid)).release_consumer_leases_v1(_rank(index))
+
+    async def release_at(other: replicas.Replica) -> None:
+        try:
+            await xo.wait_for(released_by(other), RELEASE_TIMEOUT)
+        except Exception as error:  # of many kinds; it has less room for what it computes
+            logger.warning("%s does not release what %s was reading from it: %r", other.uid, replica_uid, error)
+
+    if RELEASE.present():
+        found = await xo.wait_for(replicas.find(link.supervisor, model_uid), RELEASE_TIMEOUT)
+        await asyncio.gather(*(release_at(other) for other in found if other.uid != replica_uid))
+
+
+def _rank(index: int) -> int:
+    """In the collective of a model, where Xinference's own process is the first."""
+    return index + 1
