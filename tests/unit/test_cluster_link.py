@@ -58,3 +58,12 @@ async def test_the_cause_of_a_death_is_in_an_event_and_not_in_what_clients_read(
     ((_, told),) = actors.calls["update_model_status"]
     assert "secret" not in told["last_error"] and "send the request again later" in told["last_error"]
     assert [args[0] for args, _ in actors.calls.get("record_metrics", [])] == [DEATHS] * count
+
+
+async def test_the_worker_is_found_with_xinference_4_0_too(actors: Actors) -> None:
+    async def worker() -> Actors:
+        return actors
+
+    vars(actors).update(get_worker_binding=None, _get_worker_ref=worker)
+    await ClusterLink("model", "tiny-rep0").count(DEATHS)
+    assert [args[0] for args, _ in actors.calls["record_metrics"]] == [DEATHS]

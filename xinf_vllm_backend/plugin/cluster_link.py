@@ -127,6 +127,8 @@ class ClusterLink:
         from xinference.core.worker import WorkerActor
 
         model = await xo.actor_ref(address=self._address, uid=self._replica_uid)
+        if getattr(model, "get_worker_binding", None) is None:  # it came with Xinference 4.1
+            return await model._get_worker_ref()  # callable here, in the process of the actor
         binding = await model.get_worker_binding()
         return await xo.actor_ref(address=binding["address"], uid=WorkerActor.default_uid())
 
