@@ -20,7 +20,8 @@ ENVIRONMENTS = ("py311", "vllm029", "vllm030", "vllm031", "vllm032", "xinference
 COLUMNS = ("environment", "Python", "Xinference", "vLLM", "torch", "seams and engines", "a cluster", "degraded")
 BOUND = 1800  # seconds for the tests of one environment
 ENGINES = ("tests/engine/test_seams.py", "tests/engine/test_supervisor.py")
-CLUSTER = ("tests/e2e/test_lora.py",)  # launches, serves in float32, loses an engine, goes on, and leaves nothing
+# Launch, serve in float32, lose engines and model processes, go on, and leave nothing.
+CLUSTER = ("tests/e2e/test_lora.py", "tests/e2e/test_shared_cache.py")
 
 
 def tox(*arguments: str, bound: float = BOUND) -> subprocess.CompletedProcess[str]:

@@ -85,6 +85,11 @@ def replicas(cluster: Cluster) -> dict[str, Any]:
     return {replica["replica"]: replica for replica in status["replicas"]}
 
 
+def events(cluster: Cluster) -> list[str]:
+    found = httpx.get(f"{cluster.endpoint}/v1/models/{UID}/events", timeout=BOUND).json()
+    return [event["event_content"] for event in found]
+
+
 def process(cluster: Cluster, replica: str, kind: str) -> psutil.Process:
     """Of one replica: "model", or the engine's of that kind."""
     status = replicas(cluster)[replica]
@@ -143,8 +148,7 @@ def test_an_engine_that_is_stopped_is_found(cached: Cluster) -> None:
     victim.suspend()
     wait_until(lambda: not victim.is_running(), BOUND, "the engine that hangs to be killed")
     wait_until(lambda: serves(cached, REPLICAS[1]), BOUND, "the replica to serve again")
-    events = httpx.get(f"{cached.endpoint}/v1/models/{UID}/events", timeout=BOUND).json()
-    assert any("hangs" in event["event_content"] for event in events)
+    assert any("hangs" in event for event in events(cached))
 
 
 def test_a_paused_model_keeps_its_requests(cached: Cluster) -> None:
@@ -161,3 +165,12 @@ def test_a_launch_that_takes_too_long_says_so_and_leaves_nothing(cached: Cluster
     answer = launched(cached, "late", load_timeout=0.5)
     assert "not ready after 0.5 s" in answer.json()["detail"]
     wait_until(lambda: parts(cached) == before, BOUND, "the processes of the failed launch to be gone")
+
+
+def test_a_replica_that_cannot_find_the_others_is_given_up_and_they_serve_on(cached: Cluster) -> None:
+    """The last test: nothing is launched again afterwards."""
+    [rank0] = [process for process in cached.processes() if "start_sub_pool" in title(process)]
+    rank0.kill()
+    process(cached, REPLICAS[0], "model").kill()
+    wait_until(lambda: any("rank0) is gone" in event for event in events(cached)), BOUND, "an event that says so")
+    assert text(completed(cached, "hello"))

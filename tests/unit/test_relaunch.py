@@ -12,6 +12,7 @@ import pytest
 
 from xinf_vllm_backend.plugin import model_watch, relaunch
 from xinf_vllm_backend.plugin.cluster_link import GIVEN_UP
+from xinf_vllm_backend.plugin.launched import CannotLaunchAgainError
 from xinf_vllm_backend.plugin.relaunch import Relaunches, Replica
 from xinf_vllm_backend.settings import Settings
 
@@ -343,3 +344,32 @@ class TestLaunch:
         with pytest.raises(TimeoutError, match="longer than"):
             launching = asyncio.ensure_future(worker._recover_model(OURS))
             await relaunch._until_launched(worker, UID, launching, 0.01)
+
+
+async def test_one_that_cannot_be_launched_again_is_given_up_at_once(
+    worker: Worker, told: list[str], delays: list[float]
+) -> None:
+    async def lonely() -> None:
+        raise CannotLaunchAgainError("the others are gone")
+
+    worker.launch = lonely
+    await worker.die()
+    await worker.settled()
+    assert worker.happened == [f"launch {UID}", f"evict {UID}"] and len(delays) == 1
+    assert f"{GIVEN_UP}its model process ended, and the others are gone;" in told[-1]
+
+
+async def test_a_replica_with_a_xavier_cache_is_launched_where_it_can_find_the_others(unused_tcp_port: int) -> None:
+    launches: list[Any] = []
+
+    async def launch(worker: Any, launch_args: Any) -> None:
+        launches.append(launch_args)
+
+    found = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", unused_tcp_port)
+    cached = {**OURS, "xavier_config": {"store_address": "127.0.0.1", "store_port": unused_tcp_port}}
+    await relaunch._launch_replica(launch, None, cached)
+    found.close()
+    await found.wait_closed()
+    with pytest.raises(CannotLaunchAgainError, match="rank0"):
+        await relaunch._launch_replica(launch, None, cached)
+    assert launches == [cached]

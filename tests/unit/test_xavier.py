@@ -68,7 +68,18 @@ async def test_the_others_release_what_a_dead_engine_was_reading(
     caplog.set_level(logging.WARNING)
     await xavier.release(LINK, "tiny-rep0")
     assert cluster.released == [("host:1", "transfer-2", 1)]
-    assert "tiny-rep2 does not release what tiny-rep0 was reading" in caplog.text
+    assert "tiny-rep0 was reading from a Xavier cache is not released by tiny-rep2" in caplog.text
+
+
+async def test_that_the_others_are_not_found_is_said(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def find(get_supervisor: Any, model_uid: str) -> list[Any]:
+        raise ConnectionError("the supervisor is gone")
+
+    monkeypatch.setattr(xavier.replicas, "find", find)
+    await xavier.release(LINK, "tiny-rep0")
+    assert "the supervisor is gone" in caplog.text and cluster.released == []
 
 
 async def test_nothing_is_released_where_xinference_has_no_such_method(
@@ -79,6 +90,7 @@ async def test_nothing_is_released_where_xinference_has_no_such_method(
     assert cluster.released == []
 
 
-def test_an_engine_whose_memory_another_process_has_mapped_is_started_once() -> None:
-    assert xavier.one_start({"gpu_cache_bytes": None}) == ""
-    assert "mapped the GPU memory" in xavier.one_start({"gpu_cache_bytes": 2**28})
+def test_some_engines_are_started_once() -> None:
+    assert xavier.one_start({"gpu_cache_bytes": None, "role": "hybrid"}) == ""
+    assert "mapped the GPU memory" in xavier.one_start({"gpu_cache_bytes": 2**28, "role": "hybrid"})
+    assert "prefill and decode" in xavier.one_start({"role": "decode"})

@@ -19,7 +19,7 @@ from typing import Any
 from ..engine.seams.seam import Seam
 from ..settings import Settings
 from . import replicas
-from .launched import is_of_ours, spans_workers
+from .launched import CannotLaunchAgainError, is_of_ours, spans_workers
 
 logger = logging.getLogger("xinference.vllm_backend")
 
@@ -165,7 +165,7 @@ async def clear(worker: Any, replica_uid: str) -> None:
         replica_uid: of the replica that lost its driver.
 
     Raises:
-        RuntimeError: it has other replicas, beside which Xinference launches none.
+        CannotLaunchAgainError: it has other replicas, beside which Xinference launches none.
     """
     uid, supervisor = _name(replica_uid), await worker.get_supervisor_ref(add_worker=False)
 
@@ -173,7 +173,9 @@ async def clear(worker: Any, replica_uid: str) -> None:
         return supervisor
 
     if len(await replicas.find(get_supervisor, uid)) > 1:
-        raise RuntimeError(f"{uid} has other replicas, and Xinference adds none to a model across several workers")
+        raise CannotLaunchAgainError(
+            f"{uid} has other replicas, to which Xinference adds none if they are across several workers"
+        )
     await supervisor.terminate_model(uid, suppress_exception=True)
 
 

@@ -79,10 +79,6 @@ class HostedModel(Hosted, weight_cache.Cached, VLLMModel):
     def _ranks_elsewhere(self) -> bool:
         return bool(self._n_worker > 1)
 
-    def _has_role(self) -> bool:
-        """Whether it does only the prefill of requests, or only what follows."""
-        return self._xavier_config is not None and self._xavier_config["role"] != "hybrid"
-
     def _one_start(self) -> str:
         if self._ranks_elsewhere():
             return "its ranks are on several workers, and all of them have to be started with it"
@@ -227,7 +223,9 @@ class HostedModel(Hosted, weight_cache.Cached, VLLMModel):
         return self.why_cache_is_gone()
 
     def _failover(self) -> dict[str, Any] | None:
-        return None if self._ranks_elsewhere() or self._has_role() else super()._failover()
+        if self._ranks_elsewhere() or (self._xavier_config is not None and xavier.has_role(self._xavier_config)):
+            return None
+        return super()._failover()
 
     def _asked(self) -> tuple[Any, ...]:
         spec = self.model_spec

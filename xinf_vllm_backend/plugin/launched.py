@@ -5,6 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 
+class CannotLaunchAgainError(Exception):
+    """A replica whose process died cannot be launched again by itself; the message says why."""
+
+
 def is_of_ours(
     model_type: str = "",
     model_engine: str | None = None,

@@ -18,9 +18,9 @@ from typing import Any
 from ..engine.recovery import RestartBudget
 from ..engine.seams.seam import Seam
 from ..settings import Settings
-from . import across, model_watch, replica_log
+from . import across, model_watch, replica_log, xavier
 from .cluster_link import GIVEN_UP, WorkerLink
-from .launched import is_driver, is_of_ours, spans_workers
+from .launched import CannotLaunchAgainError, is_driver, is_of_ours, spans_workers
 
 logger = logging.getLogger("xinference.vllm_backend")
 
@@ -131,7 +131,7 @@ class Relaunches:
             if uid in self._dying:  # else it was deleted meanwhile
                 self._dying.discard(uid)
                 if not spans_workers(**launch_args):
-                    self.begin(worker, uid, functools.partial(original, worker, launch_args))
+                    self.begin(worker, uid, functools.partial(_launch_replica, original, worker, launch_args))
                 elif is_driver(**launch_args):
                     self.begin(worker, uid, functools.partial(self._launch_across, worker, launch_args))
 
@@ -231,6 +231,9 @@ class Relaunches:
                 if not await replica.is_deleted_within(0):
                     await self._give_up(worker, uid, "its launch was cancelled")
                 return
+            except CannotLaunchAgainError as reason:
+                await self._give_up(worker, uid, f"{ENDED}, and {reason}")
+                return
             if replica.deleted.is_set():
                 return
         replica.budget.healthy()
@@ -241,7 +244,7 @@ class Relaunches:
         try:
             replica.launching = _spawned(worker, attempt())
             await _until_launched(worker, uid, replica.launching, replica.settings.load_timeout + LAUNCH_MARGIN)
-        except LaunchCancelledError:
+        except (LaunchCancelledError, CannotLaunchAgainError):
             raise
         except Exception:
             replica.died = True
@@ -260,6 +263,14 @@ class Relaunches:
         worker._model_uid_to_recover_count.pop(uid, None)  # it is of the next launch
         replica_log.forget(uid)
         await WorkerLink(worker, uid).announce(text, error=True)
+
+
+async def _launch_replica(
+    launch: Callable[..., Coroutine[Any, Any, None]], worker: Any, launch_args: dict[str, Any]
+) -> None:
+    if (config := launch_args.get("xavier_config")) is not None:
+        await xavier.check_rank0(config)
+    await launch(worker, launch_args)
 
 
 class XinferencesLimit:

@@ -10,15 +10,18 @@ from __future__ import annotations
 import asyncio
 import importlib
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Awaitable, Mapping
+from typing import Any, TypeVar
 
 from ..engine.seams import platform
 from ..engine.seams.seam import Seam
 from . import replicas
 from .cluster_link import ClusterLink
+from .launched import CannotLaunchAgainError
 
 logger = logging.getLogger("xinference.vllm_backend")
+
+T = TypeVar("T")
 
 ENGINE = Seam(
     "xinference.model.llm.vllm.xavier.engine",
@@ -35,6 +38,7 @@ RELEASE = Seam(
 )
 SEAMS = (ENGINE, RELEASE)
 
+CONNECT_TIMEOUT = 10.0  # seconds to reach Xinference's own process of a model
 RELEASE_TIMEOUT = 10.0  # seconds for another replica to release what is reserved at it
 # Seconds for which a model process need not answer: Xinference holds it up for 30 s if the others do not connect to it
 # when one of them is launched again.
@@ -51,19 +55,53 @@ def provide_streams() -> None:
             importlib.import_module(module)
 
 
+def has_role(config: Mapping[str, Any]) -> bool:
+    """Whether a replica does only the prefill of requests, or only what follows.
+
+    Args:
+        config: Xinference's, of the replica.
+    """
+    return bool(config.get("role", "hybrid") != "hybrid")
+
+
 def one_start(config: Mapping[str, Any]) -> str:
     """Why an engine with such a cache can be started once alone, a sentence; "" if it can be started again.
 
     Args:
         config: Xinference's, of the replica.
     """
-    if config.get("gpu_cache_bytes") is None:
-        return ""
-    return "the model process has mapped the GPU memory of its Xavier cache"
+    if config.get("gpu_cache_bytes") is not None:
+        return "the model process has mapped the GPU memory of its Xavier cache"
+    if has_role(config):
+        return "prefill and decode replicas are connected when their processes are launched"
+    return ""
+
+
+async def check_rank0(config: Mapping[str, Any]) -> None:
+    """Look for Xinference's own process of a model, at which a replica that is launched again finds the others.
+
+    Without it the launch would wait without end.
+
+    Args:
+        config: Xinference's, of the replica.
+
+    Raises:
+        CannotLaunchAgainError: it is gone.
+    """
+    try:
+        opening = asyncio.open_connection(config["store_address"], config["store_port"])
+        _, writer = await asyncio.wait_for(opening, CONNECT_TIMEOUT)
+    except (OSError, asyncio.TimeoutError):
+        raise CannotLaunchAgainError(
+            "the process of its model at which the replicas of a Xavier cache find each other (...-rank0) is gone"
+        ) from None
+    writer.close()
 
 
 async def release(link: ClusterLink, replica_uid: str) -> None:
     """Have the other replicas release what the engine of this one, which is gone, was reading from them.
+
+    One that does not has less room for what it computes; that is logged.
 
     Args:
         link: to the cluster.
@@ -79,15 +117,17 @@ async def release(link: ClusterLink, replica_uid: str) -> None:
         uid = f"{RELEASE.owner().TransferActor.default_uid()}-{_rank(parse_replica_model_uid(other.uid)[1])}"
         await (await xo.actor_ref(address, uid)).release_consumer_leases_v1(_rank(index))
 
-    async def release_at(other: replicas.Replica) -> None:
+    async def tried(who: str, step: Awaitable[T]) -> T | None:
         try:
-            await xo.wait_for(released_by(other), RELEASE_TIMEOUT)
-        except Exception as error:  # of many kinds; it has less room for what it computes
-            logger.warning("%s does not release what %s was reading from it: %r", other.uid, replica_uid, error)
+            result: T = await xo.wait_for(step, RELEASE_TIMEOUT)
+            return result
+        except Exception as error:  # of many kinds
+            logger.warning("What %s was reading from a Xavier cache is not released by %s: %r", replica_uid, who, error)
+            return None
 
     if RELEASE.present():
-        found = await xo.wait_for(replicas.find(link.supervisor, model_uid), RELEASE_TIMEOUT)
-        await asyncio.gather(*(release_at(other) for other in found if other.uid != replica_uid))
+        found = await tried("the others", replicas.find(link.supervisor, model_uid)) or ()
+        await asyncio.gather(*(tried(other.uid, released_by(other)) for other in found if other.uid != replica_uid))
 
 
 def _rank(index: int) -> int:

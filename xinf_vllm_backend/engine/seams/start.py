@@ -247,7 +247,7 @@ def engine_made_by(factory: Callable[[Any], Any], seam: Seam = ENGINE_CLASS) -> 
     """
     module: Any = importlib.import_module(seam.module)
     original = module.AsyncLLMEngine
-    module.AsyncLLMEngine = SimpleNamespace(from_engine_args=lambda engine_args, *others: factory(engine_args))
+    module.AsyncLLMEngine = SimpleNamespace(from_engine_args=lambda engine_args, *_, **__: factory(engine_args))
     try:
         yield
     finally:
