@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,7 +11,6 @@ import psutil
 import pytest
 
 from xinf_vllm_backend.demo.cluster import Cluster, title, wait_until
-from xinf_vllm_backend.demo.tiny_model import model_registration
 
 pytest.importorskip("xxhash")  # of Xinference's cache
 pytestmark = pytest.mark.e2e
@@ -35,22 +33,14 @@ OPTIONS = {
 
 
 @pytest.fixture(scope="module")
-def empty(tiny_model: Path) -> Iterator[Cluster]:
-    with Cluster(env={"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}) as running:
-        running.register(model_registration("tiny", tiny_model))
-        yield running
-        assert running.stop() == []
-
-
-@pytest.fixture(scope="module")
-def cached(empty: Cluster) -> Iterator[Cluster]:
+def cached(cluster: Cluster) -> Iterator[Cluster]:
     """The cluster, with a model of two replicas."""
-    answer = launched(empty, UID)
+    answer = launched(cluster, UID)
     assert answer.status_code == 200, answer.text
-    yield empty
-    ended = empty.cli("terminate", "--model-uid", UID)
+    yield cluster
+    ended = cluster.cli("terminate", "--model-uid", UID)
     assert ended.returncode == 0, ended.stderr
-    wait_until(lambda: not parts(empty), BOUND, "the replicas to be gone")
+    wait_until(lambda: not parts(cluster), BOUND, "the replicas to be gone")
 
 
 def launched(cluster: Cluster, uid: str, **more: Any) -> httpx.Response:
