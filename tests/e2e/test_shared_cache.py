@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -92,12 +93,25 @@ def serves(cluster: Cluster, replica: str) -> bool:
     return bool(replicas(cluster).get(replica, {}).get("state") == "ready")
 
 
-def is_shared(cluster: Cluster, prompt: str) -> bool:
-    """Whether both replicas have the prompt, of which one has computed it."""
-    first, *others = (completed(cluster, prompt) for _ in range(4))
+def is_shared(cluster: Cluster) -> bool:
+    """Whether a replica that has never seen a prompt need not compute it, since the other one has."""
+    prompt, tokens = f"{next(numbers)} sheep jump over the gate, " * 20, 150
+    first = completed(cluster, prompt, tokens)
     assert of_cache(first) == 0
-    assert {text(answer) for answer in others} == {text(first)}
-    return all(of_cache(answer) > 0 for answer in others)
+    time.sleep(1.0)  # Xinference copies what was computed into the cache behind the request
+    with ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(completed, cluster, prompt, tokens) for _ in range(6)]
+        wait_until(lambda: busy(cluster), BOUND, "both replicas to work")
+        answers = [future.result(BOUND) for future in asked]
+    assert {text(answer) for answer in answers} == {text(first)}
+    return all(of_cache(answer) > 0 for answer in answers)
+
+
+numbers = iter(range(1, 1000))
+
+
+def busy(cluster: Cluster) -> bool:
+    return all(replica["requests"] for replica in replicas(cluster).values())
 
 
 def test_the_engines_are_hosted(cached: Cluster) -> None:
@@ -107,12 +121,7 @@ def test_the_engines_are_hosted(cached: Cluster) -> None:
 
 
 def test_a_replica_reads_what_the_other_has_computed(cached: Cluster) -> None:
-    """Requests take turns, so that the second one of a prompt is the other replica's."""
-    # Xinference copies what was computed into the cache behind the request.
-    wait_until(lambda: is_shared(cached, f"{next(numbers)} sheep jump over the gate, " * 20), BOUND, "a shared prompt")
-
-
-numbers = iter(range(1, 1000))
+    wait_until(lambda: is_shared(cached), BOUND, "a shared prompt")
 
 
 @pytest.mark.parametrize("kind", ["EngineCore", "model"])
@@ -126,11 +135,7 @@ def test_requests_go_on_when_a_process_is_killed(cached: Cluster, kind: str) -> 
         victim.kill()
         assert [text(future.result(BOUND)) for future in asked] == [undisturbed] * 6
     wait_until(lambda: serves(cached, REPLICAS[0]), BOUND, "the replica to serve again")
-    wait_until(lambda: is_shared(cached, f"{next(numbers)} sheep jump over the gate, " * 20), BOUND, "a shared prompt")
-
-
-def busy(cluster: Cluster) -> bool:
-    return all(replica["requests"] for replica in replicas(cluster).values())
+    wait_until(lambda: is_shared(cached), BOUND, "a shared prompt")
 
 
 def test_an_engine_that_is_stopped_is_found(cached: Cluster) -> None:
@@ -159,8 +164,13 @@ def test_a_launch_that_takes_too_long_says_so_and_leaves_nothing(cached: Cluster
 
 def test_a_replica_that_cannot_find_the_others_is_given_up_and_they_serve_on(cached: Cluster) -> None:
     """The last test: nothing is launched again afterwards."""
+    prompts = [f"{next(numbers)} goats stand before the gate, " * 20 for _ in range(6)]
+    with ThreadPoolExecutor(len(prompts)) as pool:  # which makes both replicas work
+        texts = [text(answer) for answer in pool.map(lambda prompt: completed(cached, prompt), prompts)]
     [rank0] = [process for process in cached.processes() if "start_sub_pool" in title(process)]
     rank0.kill()
     process(cached, REPLICAS[0], "model").kill()
     wait_until(lambda: any("rank0) is gone" in event for event in events(cached)), BOUND, "an event that says so")
-    assert text(completed(cached, "hello"))
+    before = replicas(cached)[REPLICAS[1]]["restarts"]
+    assert [text(completed(cached, prompt)) for prompt in prompts] == texts
+    assert replicas(cached)[REPLICAS[1]]["restarts"] == before  # it has not tried to read from the one that is gone

@@ -373,3 +373,22 @@ async def test_a_replica_with_a_xavier_cache_is_launched_where_it_can_find_the_o
     with pytest.raises(CannotLaunchAgainError, match="rank0"):
         await relaunch._launch_replica(launch, None, cached)
     assert launches == [cached]
+
+
+async def test_the_others_hear_of_each_death_of_a_replica_with_a_xavier_cache(
+    worker: Worker, delays: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[tuple[str, int, int]] = []
+
+    async def leave(worker: Any, replica_uid: str, config: dict[str, Any]) -> None:
+        left.append((replica_uid, config["rank"], len(delays)))
+
+    async def found(config: dict[str, Any]) -> None: ...
+
+    monkeypatch.setattr(relaunch.xavier, "leave", leave)
+    monkeypatch.setattr(relaunch.xavier, "check_rank0", found)
+    monkeypatch.setitem(OURS, "xavier_config", {"rank": 1})
+    for _ in range(2):
+        await worker.die()
+        await worker.settled()
+    assert left == [(UID, 1, 0), (UID, 1, 1)]  # before each launch is put off

@@ -94,3 +94,23 @@ def test_some_engines_are_started_once() -> None:
     assert xavier.one_start({"gpu_cache_bytes": None, "role": "hybrid"}) == ""
     assert "mapped the GPU memory" in xavier.one_start({"gpu_cache_bytes": 2**28, "role": "hybrid"})
     assert "prefill and decode" in xavier.one_start({"role": "decode"})
+
+
+@pytest.mark.parametrize("error", [None, KeyError("tiny")], ids=["told", "the model is gone"])
+async def test_the_others_hear_that_a_replica_is_gone(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture, error: Exception | None
+) -> None:
+    told: list[tuple[Any, ...]] = []
+
+    async def call_collective_manager(*args: Any) -> None:
+        told.append(args)
+        if error is not None:
+            raise error
+
+    async def get_supervisor_ref(add_worker: bool) -> Any:
+        return SimpleNamespace(call_collective_manager=call_collective_manager)
+
+    worker = SimpleNamespace(get_supervisor_ref=get_supervisor_ref)
+    await xavier.leave(worker, "tiny-rep1", {"rank": 2})
+    assert told == [("tiny", "unregister_rank", 2)]
+    assert ("may still read from tiny-rep1" in caplog.text) == (error is not None)

@@ -131,7 +131,8 @@ class Relaunches:
             if uid in self._dying:  # else it was deleted meanwhile
                 self._dying.discard(uid)
                 if not spans_workers(**launch_args):
-                    self.begin(worker, uid, functools.partial(_launch_replica, original, worker, launch_args))
+                    attempt = functools.partial(_launch_replica, original, worker, launch_args)
+                    self.begin(worker, uid, attempt, functools.partial(_leave, worker, launch_args))
                 elif is_driver(**launch_args):
                     self.begin(worker, uid, functools.partial(self._launch_across, worker, launch_args))
 
@@ -199,25 +200,28 @@ class Relaunches:
 
     # -- one replica
 
-    def begin(self, worker: Any, uid: str, attempt: Attempt) -> None:
+    def begin(self, worker: Any, uid: str, attempt: Attempt, leave: Attempt | None = None) -> None:
         """Launch a replica again, in a task of its own; one that is being launched is launched once more.
 
         Args:
             worker: Xinference's.
             uid: of the replica.
             attempt: one launch.
+            leave: called after each death, before the launch is put off.
         """
         replica = self._replicas.get(uid)
         if replica is None:
             replica = self._replicas[uid] = Replica(model_watch.watches.settings(uid))
         replica.died = True
         if replica.task is None or replica.task.done():
-            replica.task = _spawned(worker, self._relaunch(worker, uid, replica, attempt))
+            replica.task = _spawned(worker, self._relaunch(worker, uid, replica, attempt, leave))
 
-    async def _relaunch(self, worker: Any, uid: str, replica: Replica, attempt: Attempt) -> None:
+    async def _relaunch(self, worker: Any, uid: str, replica: Replica, attempt: Attempt, leave: Attempt | None) -> None:
         limit = XinferencesLimit(worker, uid)
         why = ENDED
         while replica.died:
+            if leave is not None:
+                await leave()
             delay = replica.budget.take() if limit.allows() else None
             if delay is None:
                 await self._give_up(worker, uid, f"{why} and {limit.reached() or _spent(replica.settings)}")
@@ -271,6 +275,11 @@ async def _launch_replica(
     if (config := launch_args.get("xavier_config")) is not None:
         await xavier.check_rank0(config)
     await launch(worker, launch_args)
+
+
+async def _leave(worker: Any, launch_args: dict[str, Any]) -> None:
+    if (config := launch_args.get("xavier_config")) is not None:
+        await xavier.leave(worker, launch_args["model_uid"], config)
 
 
 class XinferencesLimit:

@@ -36,10 +36,17 @@ RELEASE = Seam(
     "it stays reserved at the other replicas until the model is launched again",
     members=("default_uid", "release_consumer_leases_v1"),
 )
-SEAMS = (ENGINE, RELEASE)
+LEAVE = Seam(
+    "xinference.core.supervisor",
+    "SupervisorActor.call_collective_manager",
+    "telling the others at once that a replica with a Xavier cache is gone",
+    "until it is launched again, engines die that read from it",
+)
+SEAMS = (ENGINE, RELEASE, LEAVE)
 
 CONNECT_TIMEOUT = 10.0  # seconds to reach Xinference's own process of a model
 RELEASE_TIMEOUT = 10.0  # seconds for another replica to release what is reserved at it
+LEAVE_TIMEOUT = 10.0  # seconds for the supervisor to hear that a replica is gone
 # Seconds for which a model process need not answer: Xinference holds it up for 30 s if the others do not connect to it
 # when one of them is launched again.
 PATIENCE = 45.0
@@ -75,6 +82,31 @@ def one_start(config: Mapping[str, Any]) -> str:
     if has_role(config):
         return "prefill and decode replicas are connected when their processes are launched"
     return ""
+
+
+async def leave(worker: Any, replica_uid: str, config: Mapping[str, Any]) -> None:
+    """Have the other replicas no longer read from this one, whose process is gone.
+
+    Xinference does so when it launches the replica again, which may be late or never.
+
+    Args:
+        worker: Xinference's, of the replica.
+        replica_uid: of the replica.
+        config: Xinference's, of the replica.
+    """
+    import xoscar as xo
+    from xinference.core.utils import parse_replica_model_uid
+
+    async def told() -> None:
+        supervisor = await worker.get_supervisor_ref(add_worker=False)
+        await supervisor.call_collective_manager(
+            parse_replica_model_uid(replica_uid)[0], "unregister_rank", config["rank"]
+        )
+
+    try:
+        await xo.wait_for(told(), LEAVE_TIMEOUT)
+    except Exception as error:  # of many kinds; the model may be gone as a whole
+        logger.warning("The other replicas may still read from %s, which is gone: %r", replica_uid, error)
 
 
 async def check_rank0(config: Mapping[str, Any]) -> None:
