@@ -145,7 +145,7 @@ def test_an_engine_that_hangs_is_found(wide: Cluster) -> None:
     ("more", "said"),
     [
         ({"max_model_len": 99999999}, "User-specified max_model_len (99999999) is greater"),
-        ({"load_timeout": 1}, "was not ready after 1 s"),
+        ({"load_timeout": 0.1}, "was not ready after 0.1 s"),
         ({"idle_sleep_after": 3}, "idle_sleep_after=3 with n_worker=2 needs enable_sleep_mode"),
     ],
 )

@@ -82,7 +82,8 @@ def events(cluster: Cluster) -> list[str]:
 
 
 def process(cluster: Cluster, replica: str, kind: str) -> psutil.Process:
-    """Of one replica: "model", or the engine's of that kind."""
+    """Of one replica: "model", or the engine's of that kind; when both replicas serve."""
+    wait_until(lambda: all(serves(cluster, each) for each in REPLICAS), BOUND, "both replicas to serve")
     status = replicas(cluster)[replica]
     if kind == "model":
         return psutil.Process(status["pid"])
@@ -111,7 +112,7 @@ numbers = iter(range(1, 1000))
 
 
 def busy(cluster: Cluster) -> bool:
-    return all(replica["requests"] for replica in replicas(cluster).values())
+    return all(replica.get("requests") for replica in replicas(cluster).values())
 
 
 def test_the_engines_are_hosted(cached: Cluster) -> None:
@@ -143,7 +144,7 @@ def test_an_engine_that_is_stopped_is_found(cached: Cluster) -> None:
     victim.suspend()
     wait_until(lambda: not victim.is_running(), BOUND, "the engine that hangs to be killed")
     wait_until(lambda: serves(cached, REPLICAS[1]), BOUND, "the replica to serve again")
-    assert any("hangs" in event for event in events(cached))
+    wait_until(lambda: any("hangs" in event for event in events(cached)), BOUND, "an event that says so")
 
 
 def test_a_paused_model_keeps_its_requests(cached: Cluster) -> None:
@@ -168,8 +169,9 @@ def test_a_replica_that_cannot_find_the_others_is_given_up_and_they_serve_on(cac
     with ThreadPoolExecutor(len(prompts)) as pool:  # which makes both replicas work
         texts = [text(answer) for answer in pool.map(lambda prompt: completed(cached, prompt), prompts)]
     [rank0] = [process for process in cached.processes() if "start_sub_pool" in title(process)]
+    victim = process(cached, REPLICAS[0], "model")
     rank0.kill()
-    process(cached, REPLICAS[0], "model").kill()
+    victim.kill()
     wait_until(lambda: any("rank0) is gone" in event for event in events(cached)), BOUND, "an event that says so")
     before = replicas(cached)[REPLICAS[1]]["restarts"]
     assert [text(completed(cached, prompt)) for prompt in prompts] == texts
