@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeAlias
 
 import httpx
 import psutil
@@ -19,6 +19,7 @@ pytestmark = pytest.mark.e2e
 UID = "cached"
 REPLICAS = [f"{UID}-rep{index}" for index in range(2)]
 BOUND = 120.0  # seconds; reached only by what hangs
+AT_ONCE = 6  # requests
 OPTIONS = {
     "model_name": "tiny",
     "model_engine": "vLLM",
@@ -31,6 +32,8 @@ OPTIONS = {
     "hang_timeout": 5,
     "restart_refill": 1,
 }
+
+Answer: TypeAlias = "Future[dict[str, Any]]"
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +103,32 @@ def is_shared(cluster: Cluster) -> bool:
     first = completed(cluster, prompt, tokens)
     assert of_cache(first) == 0
     time.sleep(1.0)  # Xinference copies what was computed into the cache behind the request
-    with ThreadPoolExecutor(6) as pool:
-        asked = [pool.submit(completed, cluster, prompt, tokens) for _ in range(6)]
-        wait_until(lambda: busy(cluster), BOUND, "both replicas to work")
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        asked = asked_at_once(cluster, pool, prompt, tokens)
+        both = worked(cluster, asked)
         answers = [future.result(BOUND) for future in asked]
     assert {text(answer) for answer in answers} == {text(first)}
-    return all(of_cache(answer) > 0 for answer in answers)
+    return both and all(of_cache(answer) > 0 for answer in answers)
+
+
+def asked_at_once(cluster: Cluster, pool: ThreadPoolExecutor, prompt: str, tokens: int) -> list[Answer]:
+    return [pool.submit(completed, cluster, prompt, tokens) for _ in range(AT_ONCE)]
+
+
+def under_way(cluster: Cluster, pool: ThreadPoolExecutor, prompt: str, tokens: int) -> list[Answer]:
+    """Requests that both replicas work on; none if they were answered before anyone looked."""
+    asked = asked_at_once(cluster, pool, prompt, tokens)
+    return asked if worked(cluster, asked) else []
+
+
+def worked(cluster: Cluster, asked: list[Answer]) -> bool:
+    """Whether both replicas were seen to work, before all of ``asked`` were answered."""
+    seen = wait_until(
+        lambda: "both" if busy(cluster) else "answered" if all(future.done() for future in asked) else "",
+        BOUND,
+        "both replicas to work",
+    )
+    return seen == "both"
 
 
 numbers = iter(range(1, 1000))
@@ -130,11 +153,10 @@ def test_requests_go_on_when_a_process_is_killed(cached: Cluster, kind: str) -> 
     prompt, tokens = f"{next(numbers)} wolves wait at the gate, " * 8, 200
     undisturbed = text(completed(cached, prompt, tokens))
     victim = process(cached, REPLICAS[0], kind)
-    with ThreadPoolExecutor(6) as pool:
-        asked = [pool.submit(completed, cached, prompt, tokens) for _ in range(6)]
-        wait_until(lambda: busy(cached), BOUND, "both replicas to work")
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        asked = wait_until(lambda: under_way(cached, pool, prompt, tokens), BOUND, "requests at both replicas")
         victim.kill()
-        assert [text(future.result(BOUND)) for future in asked] == [undisturbed] * 6
+        assert {text(future.result(BOUND)) for future in asked} == {undisturbed}
     wait_until(lambda: serves(cached, REPLICAS[0]), BOUND, "the replica to serve again")
     wait_until(lambda: is_shared(cached), BOUND, "a shared prompt")
 
@@ -152,6 +174,7 @@ def test_a_paused_model_keeps_its_requests(cached: Cluster) -> None:
     assert httpx.post(f"{url}/pause", timeout=BOUND).status_code == 200
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(completed, cached, "hello")
+        wait_until(lambda: any(replica.get("waiting") for replica in replicas(cached).values()), BOUND, "it to wait")
         assert httpx.post(f"{url}/resume", timeout=BOUND).status_code == 200
         assert text(asked.result(BOUND))
 
