@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from multiprocessing import spawn
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import blocking_at_import
 
@@ -73,19 +73,26 @@ def an_open_device(path: Path) -> None:
     _kept.append(path.open())
 
 
-def a_torch(accelerator: str, is_initialized: bool = False, fork: str = "clean") -> None:
+def a_torch(
+    accelerator: str, is_initialized: bool = False, fork: str = "clean", cuda: str | None = None, driver: str = ""
+) -> None:
     """Put a stand-in for torch in place.
 
     Args:
         fork: "clean"; "bad", as torch has it in the forks of a process that asked for its devices; "unknown", if
             torch cannot tell.
+        cuda: version of CUDA that it is built for.
+        driver: path of CUDA's driver; loaded, if one is given.
     """
+    if driver:
+        a_library(Path(driver))
     module = ModuleType(f"torch.{accelerator}")
     module.__dict__["is_initialized"] = lambda: is_initialized
     if fork != "unknown":
         module.__dict__["_is_in_bad_fork"] = lambda: fork == "bad" and os.getpid() != _LOADED_BY
     torch = ModuleType("torch")
     torch.__dict__[accelerator] = module
+    torch.__dict__["version"] = SimpleNamespace(cuda=cuda)
     torch.__dict__["set_num_threads"] = lambda count: None
     sys.modules.update({"torch": torch, module.__name__: module})
 

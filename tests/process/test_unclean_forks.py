@@ -159,6 +159,21 @@ class TestSignsOfTorch:
         assert becomes(lambda: children(zygote) == [])
 
 
+class TestATorchForCuda:
+    """One whose devices were counted before the fork."""
+
+    def test_a_zygote_on_a_host_without_the_driver_forks(self, make_zygote: MakeZygote) -> None:
+        assert is_forked(make_zygote(functools.partial(preloaded.a_torch, "cuda", fork="bad", cuda="13.0")))
+
+    def test_a_process_is_spawned_where_there_is_the_driver(
+        self, make_zygote: MakeZygote, compiled: Callable[..., Path], log: Callable[[], list[str]]
+    ) -> None:
+        driver = str(compiled())
+        preload = functools.partial(preloaded.a_torch, "cuda", fork="bad", cuda="13.0", driver=driver)
+        assert not is_forked(make_zygote(preload))
+        assert log() == ["torch.cuda was initialised before the fork"]
+
+
 class TestTheCheckOfAChild:
     @pytest.mark.parametrize(
         ("how", "preload", "reason"),

@@ -163,14 +163,29 @@ def _seen_by_torch(accelerator: Seam) -> str | None:
     if not accelerator.present():
         return f"{accelerator.module} does not tell whether it was initialised before a fork"
     if module._is_in_bad_fork():  # the first: a module in a bad fork denies that it is initialised
+        if accelerator is CUDA_FORK and _is_for_cuda() and _driver() is None:
+            return None  # devices were counted where there is no driver, which initialises nothing
         return f"{accelerator.module} was initialised before the fork"
     return f"it has initialised {accelerator.module}" if module.is_initialized() else None
 
 
-def _seen_by_the_driver() -> str | None:
+def _is_for_cuda() -> bool:
+    """Whether torch is a build for CUDA; ROCm, which has another driver, is ``torch.cuda`` as well."""
+    version = getattr(sys.modules["torch"], "version", None)
+    return bool(getattr(version, "cuda", None))
+
+
+def _driver() -> ctypes.CDLL | None:
+    """CUDA's driver, if this process has loaded it."""
     try:
-        driver = ctypes.CDLL(CUDA_DRIVER, mode=os.RTLD_NOLOAD)
-    except OSError:  # nobody has loaded it
+        return ctypes.CDLL(CUDA_DRIVER, mode=os.RTLD_NOLOAD)
+    except OSError:
+        return None
+
+
+def _seen_by_the_driver() -> str | None:
+    driver = _driver()
+    if driver is None:
         return None
     try:
         answer = driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int()))
