@@ -39,6 +39,7 @@ class Worker:
         self.terminate: Callable[[], Awaitable[None]] | None = None
         self._model_uid_to_launch_args = {UID: OURS, OTHER: FOREIGN}
         self._model_uid_to_recover_count: dict[str, int | None] = {}
+        self._model_uid_to_model: dict[str, Any] = {}
         self.relaunches = Relaunches()
         self.recover_model = self._bound(self.relaunches.recovering(Worker._recover_model))
         self.terminate_model = self._bound(self.relaunches.terminating(Worker._terminate_model))
@@ -55,6 +56,7 @@ class Worker:
     async def _terminate_model(self, model_uid: str, is_model_die: bool = False) -> None:
         if self.terminate is not None and not is_model_die:
             await self.terminate()
+        self._model_uid_to_model.pop(model_uid, None)
         self._model_uid_to_launch_args.pop(model_uid, None)
         self._model_uid_to_recover_count.pop(model_uid, None)
 
@@ -326,6 +328,19 @@ class TestLaunch:
         await worker.settled()
         assert worker.happened == [f"launch {UID}", f"evict {UID}"]
         assert "its launch was cancelled" in told[0]
+
+    async def test_what_one_has_left_that_failed_behind_its_load_is_ended_first(self, worker: Worker) -> None:
+        async def fails_once() -> None:
+            assert UID not in worker._model_uid_to_model  # Xinference launches none beside it
+            if len(worker.happened) == 1:
+                worker._model_uid_to_model[UID] = "loaded"
+                raise ConnectionError("the supervisor")
+
+        worker.launch = fails_once
+        await worker.die()
+        await worker.settled()
+        assert worker.happened == [f"launch {UID}"] * 2
+        assert not worker.relaunches._dying
 
     async def test_one_that_takes_too_long_is_ended_with_its_process_and_has_failed(
         self, worker: Worker, monkeypatch: pytest.MonkeyPatch

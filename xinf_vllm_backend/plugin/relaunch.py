@@ -38,7 +38,7 @@ MODELS = Seam(
     "WorkerActor",
     RECOVER.used_for,
     RECOVER.without,
-    members=("_model_uid_to_launch_args", "_model_uid_to_recover_count"),
+    members=("_model_uid_to_launch_args", "_model_uid_to_model", "_model_uid_to_recover_count"),
 )
 SPAWN = Seam("xinference.core.lifecycle", "spawn_management_task", RECOVER.used_for, RECOVER.without)
 SEAMS = (RECOVER, TERMINATE, EVICT, CANCEL, MODELS, SPAWN)
@@ -246,6 +246,7 @@ class Relaunches:
         """Launch it once; ``died`` says whether it has to be launched again, and the result why."""
         replica.died = False
         try:
+            await self._clear(worker, uid)
             replica.launching = _spawned(worker, attempt())
             await _until_launched(worker, uid, replica.launching, replica.settings.load_timeout + LAUNCH_MARGIN)
         except (LaunchCancelledError, CannotLaunchAgainError):
@@ -255,6 +256,12 @@ class Relaunches:
             logger.exception("The model %s could not be launched again", uid)
             return "it could not be launched again"
         return ENDED
+
+    async def _clear(self, worker: Any, uid: str) -> None:
+        """End what a launch has left that failed behind its load; Xinference refuses to launch beside it."""
+        if uid in worker._model_uid_to_model:
+            await worker.terminate_model(uid, is_model_die=True)
+            self._dying.discard(uid)
 
     async def _give_up(self, worker: Any, uid: str, why: str) -> None:
         await self._tell_end(worker, uid, why)
