@@ -17,7 +17,7 @@ from xinf_vllm_backend.errors import EnginePausedError
 pytestmark = pytest.mark.engine
 
 
-async def embed(engine: Any, text: str, request_id: str) -> list[float]:
+async def embed(engine: Any, text: Any, request_id: str) -> list[float]:
     from vllm import PoolingParams
 
     output = None
@@ -50,3 +50,20 @@ async def test_a_request_that_is_aborted_gets_an_error_and_no_vector(engine: Any
     finally:
         os.kill(core, signal.SIGCONT)
     assert await asyncio.wait_for(embed(engine, "the keeper", "last"), BOUND) == pytest.approx(expected, abs=1e-5)
+
+
+async def test_texts_are_rendered_as_vllm_does(engine: Any) -> None:
+    texts = ["the keeper", "of the light", "x", "a dog " * 40]
+    found = await asyncio.gather(*(embed(engine, text, f"ours-{text}") for text in texts))
+    for text, vector in zip(texts, found, strict=True):
+        assert vector == pytest.approx(await embed(engine.llm, text, f"stock-{text}"), abs=1e-4)
+    ids = engine.llm.get_tokenizer().encode(texts[0])
+    assert await embed(engine, {"prompt_token_ids": ids}, "ids") == pytest.approx(found[0], abs=1e-4)
+    for bad in ("a dog " * 5000, {"prompt_token_ids": [1] * 5000}, ""):
+        said = []
+        for side, name in ((engine.llm, "stock"), (engine, "ours")):
+            try:
+                said.append(repr(await embed(side, bad, f"{name}-{len(bad)}")))
+            except Exception as error:  # whatever vLLM raises
+                said.append(repr(error))
+        assert said[0] == said[1]

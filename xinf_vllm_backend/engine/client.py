@@ -340,7 +340,8 @@ class EngineClient:
         if self._core is None or entry not in self.journal or not self._is_let(entry):
             return
         try:
-            request = resuming.continuation(entry.request, entry.tokens, resuming.GRAMMAR.present())
+            advances = bool(entry.tokens) and resuming.GRAMMAR.present()
+            request = resuming.continuation(entry.request, entry.tokens, advances)
             self._accept_inexact(entry)
         except CannotResumeError as error:
             self._end(entry, error)

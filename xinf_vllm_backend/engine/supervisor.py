@@ -28,8 +28,9 @@ from .pause import Control, Stage
 from .phase import Phase
 from .processes import EngineProcesses
 from .recovery import RestartBudget
+from .rendering import Rendering
 from .rest import Rest
-from .seams import core_client, platform, pooling, resuming
+from .seams import core_client, platform, pooling, rendering, resuming
 from .spec import EngineSpec
 from .watch import Watch
 
@@ -61,6 +62,7 @@ class EngineSupervisor:
         self.spec = spec
         self.settings = spec.settings
         self._engine: Any = None
+        self._rendering: Rendering | None = None
         self.client = EngineClient(spec.name, spec.settings, self._fail_request, spec.on_inexact, self._refitted)
         self._processes: EngineProcesses | None = None
         self._lock = threading.Lock()
@@ -105,6 +107,7 @@ class EngineSupervisor:
         except BackendError as error:
             self.lifecycle.move(State.FAILED, str(error))
             raise
+        self._rendering = Rendering(self._engine) if rendering.present() else None
         self.lifecycle.move(State.READY, f"it was started in {time.monotonic() - begun:.1f} s")
         self.spec.on_phase(Phase.READY)
 
@@ -153,14 +156,16 @@ class EngineSupervisor:
         record.changed_weights = self.client.changed_weights
         return record.tap(outputs, sampling_params)
 
-    async def encode(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-        """AsyncLLM's.
+    async def encode(self, prompt: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        """AsyncLLM's; texts that come together are tokenized together.
 
         Raises:
             EnginePausedError: it is paused, and requests are not to wait; or a pause ended this one.
         """
         self.client.admission.check()
-        async for output in self.__getattr__("encode")(*args, **kwargs):
+        if self._rendering is not None and not kwargs.get("tokenization_kwargs"):
+            prompt = await self._rendering.rendered(prompt)
+        async for output in self.__getattr__("encode")(prompt, *args, **kwargs):
             if pooling.was_aborted(output):
                 raise EnginePausedError(f"The request was ended by an order to pause {self.name}; {_AGAIN}")
             yield output

@@ -7,14 +7,14 @@ installed vLLM.
 
 from __future__ import annotations
 
-from . import child, core_client, parsers, platform, pooling, replaying, resuming, start
+from . import child, core_client, parsers, platform, pooling, rendering, replaying, resuming, start
 from .seam import Seam
 
 __all__ = ["SEAMS", "Seam"]
 
 SEAMS = tuple(
     named
-    for module in (start, platform, child, core_client, resuming, replaying, pooling, parsers)
+    for module in (start, platform, child, core_client, resuming, replaying, pooling, rendering, parsers)
     for named in vars(module).values()
     if isinstance(named, Seam)
 )
