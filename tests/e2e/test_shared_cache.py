@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import version
 from typing import Any, TypeAlias
 
 import httpx
@@ -186,6 +187,9 @@ def test_a_launch_that_takes_too_long_says_so_and_leaves_nothing(cached: Cluster
     wait_until(lambda: parts(cached) == before, BOUND, "the processes of the failed launch to be gone")
 
 
+@pytest.mark.skipif(
+    version("xinference").startswith("4.0."), reason="Xinference 4.0 launches models again in its own way"
+)
 def test_a_replica_that_cannot_find_the_others_is_given_up_and_they_serve_on(cached: Cluster) -> None:
     """The last test: nothing is launched again afterwards."""
     prompts = [f"{next(numbers)} goats stand before the gate, " * 20 for _ in range(6)]
