@@ -76,6 +76,16 @@ async def test_what_comes_while_a_call_is_under_way_goes_with_the_next() -> None
     assert worker.calls == [[*map(figure, range(3))], [*map(figure, range(3, 10))]]
 
 
+async def test_what_comes_soon_after_a_call_goes_together() -> None:
+    worker = Worker()
+    actor, record = Actor(worker), recorder()
+    for number in range(5):
+        await record(actor, *figure(number))
+        await until(1, worker)  # which lets a call begin, if one is to
+    await until(5, worker)
+    assert worker.calls == [[figure(0)], [*map(figure, range(1, 5))]]
+
+
 async def test_a_worker_without_the_package_is_told_one_by_one() -> None:
     worker = Worker(takes_many=False)
     actor, record = Actor(worker), recorder()

@@ -1,7 +1,7 @@
 """The figures of requests go to the worker together, and no request waits for them.
 
 Xinference's model actor tells its worker each of them by a call of its own, some ten for each request, and the request
-waits for most. Here those that come while a call is under way go with the next.
+waits for most. Here those that come within a tenth of a second of a call go with the next.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ SEAMS = (RECORD, WORKER)
 
 METHOD = "record_metrics_together"  # of the worker, which this package adds
 TELL_TIMEOUT = 10.0  # seconds
+TELL_EVERY = 0.1  # seconds; what comes meanwhile goes together
 MOST = 10_000  # figures that wait for the worker; the oldest are dropped then
 
 Figure = tuple[str, str, dict[str, Any]]  # name of the metric, its method, and the arguments
@@ -88,6 +89,7 @@ class _Teller:
                     await asyncio.wait_for(self._tell_all(actor, figures), TELL_TIMEOUT)
                 except Exception as error:  # a figure is not worth a request
                     logger.warning("%d figures of requests did not reach the worker: %s", len(figures), error)
+                await asyncio.sleep(TELL_EVERY)
         finally:
             self._telling = None
 
