@@ -16,12 +16,21 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "versions.md"
-ENVIRONMENTS = ("py311", "vllm029", "vllm030", "vllm031", "vllm032", "xinference40")
+ENVIRONMENTS = (
+    "py311",
+    "vllm027-py310",
+    "vllm029",
+    "vllm030",
+    "vllm031",
+    "vllm032",
+    "vllm032-py312",
+    "xinference40",
+)
 COLUMNS = ("environment", "Python", "Xinference", "vLLM", "torch", "seams and engines", "a cluster", "degraded")
 BOUND = 1800  # seconds for the tests of one environment
 ENGINES = ("tests/engine/test_seams.py", "tests/engine/test_supervisor.py")
 # Launch, serve in float32, lose engines and model processes, go on, and leave nothing.
-CLUSTER = ("tests/e2e/test_lora.py", "tests/e2e/test_shared_cache.py")
+CLUSTER = ("tests/e2e/test_lora.py", "tests/e2e/test_shared_cache.py", "tests/e2e/test_image_models.py")
 
 
 def tox(*arguments: str, bound: float = BOUND) -> subprocess.CompletedProcess[str]:
