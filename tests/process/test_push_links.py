@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 from link_sender import push_until_lost
-from process_helpers import TIMEOUT, exit_code, plain, receive
+from process_helpers import TIMEOUT, becomes, exit_code, plain, receive
 
 from xinf_vllm_backend.process.link import Receiver, accept
 
@@ -54,7 +54,10 @@ async def test_a_link_is_cut_for_both_ends_and_neither_process_ends(
     offered = await asyncio.to_thread(receive, end)
     receiver = await accept(offered if by == "Unix socket" else replace(offered, path=""))
     end.send(receiver.open().key)
-    assert push_links.cut(psutil.Process(process.pid)) == 1
+    sending = psutil.Process(process.pid)
+    # Over TCP a link is known by its port once the sender no longer listens there, which may be a moment later.
+    assert await asyncio.to_thread(becomes, lambda: bool(push_links.descriptors(sending)))
+    assert push_links.cut(sending) == 1
     assert await lost(receiver)
     why, _ = await asyncio.to_thread(receive, end)
     assert "lost" in why
