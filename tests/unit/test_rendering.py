@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from xinf_vllm_backend.engine.rendering import Rendering
+from xinf_vllm_backend.engine.rendering import TOGETHER, Rendering
 from xinf_vllm_backend.engine.seams import rendering
 
 BOUND = 10.0  # seconds; reached only by what hangs
@@ -72,6 +72,15 @@ async def test_each_thread_gets_a_part(renderer: Renderer) -> None:
     assert {prompt for _, prompt in renderer.seen} == {"a", "d"}
     renderer.may.release(5)
     assert await asyncio.wait_for(asyncio.gather(*tasks), BOUND) == [token(each) for each in "abcde"]
+
+
+async def test_the_first_of_a_long_list_do_not_wait_for_the_last(renderer: Renderer) -> None:
+    tasks = asked(made(), *map(str, range(TOGETHER + 1)))
+    renderer.may.release(TOGETHER)
+    assert await asyncio.wait_for(tasks[0], BOUND) == token("0")
+    assert not tasks[-1].done()
+    renderer.may.release(1)
+    assert await asyncio.wait_for(tasks[-1], BOUND) == token(str(TOGETHER))
 
 
 async def test_a_bad_one_goes_as_it_came_and_the_others_do_not_notice(renderer: Renderer) -> None:

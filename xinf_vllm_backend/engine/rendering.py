@@ -13,6 +13,8 @@ from .seams import rendering
 
 logger = logging.getLogger(__name__)
 
+TOGETHER = 32  # texts at most, so that the engine begins with the first of a long list while the rest is tokenized
+
 Waiting = tuple[Any, "asyncio.Future[Any]"]  # a prompt, and what becomes of it
 
 
@@ -49,7 +51,7 @@ class Rendering:
     def _begin(self) -> None:
         """Give what waits to the threads that are free, an equal part to each."""
         while self._waiting and (free := self._threads - len(self._running)):
-            count = -(-len(self._waiting) // free)
+            count = min(-(-len(self._waiting) // free), TOGETHER)
             batch, self._waiting = self._waiting[:count], self._waiting[count:]
             prompts = [prompt for prompt, _ in batch]
             running = asyncio.get_running_loop().run_in_executor(self._executor, self._render_all, prompts)
