@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 
 import anyio
 import anyio.lowlevel
@@ -11,6 +12,8 @@ from starlette.middleware.base import BaseHTTPMiddleware, _CachedRequest
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_TAKES_SEND = "send" in inspect.signature(_CachedRequest).parameters  # Starlette 1.9 does, 1.7 does not
 
 
 class DirectHTTPMiddleware(BaseHTTPMiddleware):
@@ -24,7 +27,8 @@ class DirectHTTPMiddleware(BaseHTTPMiddleware):
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request = _CachedRequest(scope, receive, send)  # the application gets what dispatch has read of the body
+        # The application gets what dispatch has read of the body.
+        request = _CachedRequest(scope, receive, *([send] if _TAKES_SEND else []))
         responses: list[DirectResponse] = []
         error: Exception | None = None
 
