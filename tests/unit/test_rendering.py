@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,22 +54,38 @@ def token(prompt: Any) -> dict[str, Any]:
     return {"type": "token", "of": prompt}
 
 
-async def test_what_comes_together_goes_together(renderer: Renderer) -> None:
+async def until(condition: Callable[[], bool]) -> None:
+    async def met() -> None:
+        while not condition():
+            await asyncio.sleep(0)
+
+    await asyncio.wait_for(met(), BOUND)
+
+
+async def test_what_comes_together_goes_together(renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[list[Any]] = []
+    render_all = Rendering._render_all
+
+    def noted(self: Rendering, prompts: list[Any]) -> list[Any]:
+        batches.append(prompts)
+        return render_all(self, prompts)
+
+    monkeypatch.setattr(Rendering, "_render_all", noted)
     one_thread = made()
     first = asked(one_thread, "a", "b")
-    await asyncio.sleep(0.01)
+    await until(lambda: bool(renderer.seen))
     second = asked(one_thread, "c", {"prompt": "d"})
     renderer.may.release(4)
     answers = await asyncio.wait_for(asyncio.gather(*first, *second), BOUND)
     assert answers == [token("a"), token("b"), token("c"), token({"prompt": "d"})]
     assert [prompt for _, prompt in renderer.seen] == ["a", "b", "c", {"prompt": "d"}]
+    assert batches == [["a", "b"], ["c", {"prompt": "d"}]]
     assert renderer.threads() == 1
 
 
 async def test_each_thread_gets_a_part(renderer: Renderer) -> None:
     tasks = asked(made(2), *"abcde")
-    while renderer.threads() < 2:
-        await asyncio.sleep(0.01)
+    await until(lambda: renderer.threads() == 2)
     assert {prompt for _, prompt in renderer.seen} == {"a", "d"}
     renderer.may.release(5)
     assert await asyncio.wait_for(asyncio.gather(*tasks), BOUND) == [token(each) for each in "abcde"]
