@@ -43,6 +43,7 @@ from process_helpers import (
     told,
 )
 
+from xinf_vllm_backend.process import popen as popen_module
 from xinf_vllm_backend.process.context import EngineContext, EngineProcess
 from xinf_vllm_backend.process.output import OutputTail
 from xinf_vllm_backend.process.popen import STATUS_UNKNOWN
@@ -393,6 +394,31 @@ class TestAnExitCode:
         process = started(forking(zygote), targets.end_by, "status 3")
         assert wait([process.sentinel], TIMEOUT)
         assert process.exitcode == 3
+
+    def test_exit_code_is_known_to_a_thread_that_asks_while_another_closes_the_files(
+        self, zygote: Zygote, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        process = started(forking(zygote), targets.end_by, "status 3")
+        assert wait([process.sentinel], TIMEOUT)
+        waits, closed = threading.Event(), threading.Event()
+        codes: list[int | None] = []
+
+        def wait_late(signs: list[Any], timeout: float | None) -> list[Any]:
+            if threading.current_thread() is not threading.main_thread():
+                waits.set()
+                assert closed.wait(TIMEOUT)
+            return wait(signs, timeout)
+
+        monkeypatch.setattr(popen_module, "wait", wait_late)
+        asking = on_thread(lambda: codes.append(process.exitcode))
+        assert waits.wait(TIMEOUT)
+        files = open_files()
+        process.release()
+        closed.set()
+        join([asking])
+        assert codes == [3]
+        assert process.exitcode == 3
+        assert len(open_files()) < len(files)
 
 
 class TestArgumentsOfAForkedChild:

@@ -26,7 +26,7 @@ from . import bootstrap
 from .bootstrap import ChildSetup, InheritedHandles
 from .exits import EXIT_REPORT, announce_exit
 from .output import ChildOutput, OutputTail
-from .popen import SpawnPopen, ZygotePopen, occupy_standard_streams
+from .popen import EndedPopen, SpawnPopen, ZygotePopen, occupy_standard_streams
 from .stacks import Stack, StackReader
 from .tree import ProcessTree
 from .zygote.client import ZygoteClient, ZygoteUnavailableError
@@ -182,6 +182,8 @@ class EngineProcess(SpawnProcess):
     """A process that runs its target through :func:`.bootstrap.run`."""
 
     setup: ChildSetup
+    _popen: Popen | None
+    was_forked = False  #: whether it was forked by the zygote; False if it was spawned, or not started
 
     def __init__(
         self,
@@ -224,6 +226,7 @@ class EngineProcess(SpawnProcess):
                 raise
             finally:
                 del self._context, self._call, self.setup  # they and we would keep each other alive
+        self.was_forked = isinstance(self._popen, ZygotePopen)
         if readers is not None:
             readers.start()
             context.outputs.append(readers)
@@ -232,17 +235,12 @@ class EngineProcess(SpawnProcess):
 
     def send_call(self, cancelled: threading.Event) -> bool:
         """Send the process what it is to run; False if ``cancelled`` was set before it could take that."""
-        return bool(self._popen.send_call(cancelled))  # type: ignore[attr-defined]
-
-    @property
-    def was_forked(self) -> bool:
-        """Whether it was forked by the zygote; False if it was spawned, or not started."""
-        return isinstance(self._popen, ZygotePopen)  # type: ignore[attr-defined]
+        return bool(self._popen.send_call(cancelled))  # type: ignore[union-attr]
 
     def release(self) -> None:
         """Close the files by which the process is watched, if it has ended; its exit code stays known."""
-        if self._popen is not None and self.exitcode is not None:  # type: ignore[attr-defined]
-            self._popen.close()  # type: ignore[attr-defined]
+        if self._popen is not None and self.exitcode is not None:
+            self._popen = EndedPopen(self._popen)
 
     def _Popen(self, process: EngineProcess) -> Popen:  # type: ignore[override]  # noqa: N802
         return self._context.make(process)

@@ -169,7 +169,7 @@ class ZygotePopen(_EnginePopen):
 
     def _make(self, data: int, alive: int) -> int:
         pid, self._status = self._zygote.fork(self._environment, data, alive, self._fds, self._cancelled)
-        util.Finalize(self, self._status.close)  # not earlier: a thread may wait for it
+        util.Finalize(self, self._status.close)  # not by close(): another thread may wait for it
         return pid
 
     def poll(self, flag: int = os.WNOHANG) -> int | None:
@@ -201,10 +201,17 @@ class ZygotePopen(_EnginePopen):
             self._status = None
         return STATUS_UNKNOWN if wait([self.sentinel], 0) else None
 
-    def close(self) -> None:
-        super().close()
-        if self._status is not None:
-            self._status.close()
+
+class EndedPopen(popen_fork.Popen):
+    """Stands for a process that has ended, once nothing but its pid and exit code is of interest.
+
+    The files of ``popen`` are closed when the last thread that waits for them has left it.
+    """
+
+    def __init__(self, popen: popen_fork.Popen) -> None:
+        self.pid = popen.pid
+        self.returncode = popen.returncode
+        self.finalizer = None
 
 
 def _pipe(stack: contextlib.ExitStack) -> tuple[int, int]:
