@@ -420,6 +420,22 @@ class TestAnExitCode:
         assert process.exitcode == 3
         assert len(open_files()) < len(files)
 
+    def test_exit_code_of_a_child_that_is_killed_and_released_before_it_got_its_call_is_known(
+        self, zygote: Zygote, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        context = forking(zygote)
+        process = context.Process(target=targets.end_by, args=("status 3",))
+
+        def kill_and_release(pids: list[int]) -> None:
+            kill(process.pid)
+            process.join(TIMEOUT)
+            process.release()
+
+        monkeypatch.setattr(context.tree, "record", kill_and_release)
+        process.start()
+        assert process.was_forked
+        assert process.exitcode == -signal.SIGKILL
+
 
 class TestArgumentsOfAForkedChild:
     @pytest.mark.parametrize(

@@ -117,9 +117,10 @@ class EngineContext(SpawnContext):
         with self._lock:
             self._refuse_if_sealed(process)
             start()
+            popen = process._popen  # a stop may replace it once the lock is free
             self.children.append(process)
             self.tree.record([process.pid])  # or a stop that comes now would not kill it
-        if not process.send_call(self._sealed):  # without the lock: the child may never read
+        if not popen.send_call(self._sealed):  # type: ignore[union-attr]  # unlocked: the child may never read
             self._refuse_if_sealed(process)
         self.on_start(process.name)
 
@@ -226,16 +227,11 @@ class EngineProcess(SpawnProcess):
                 raise
             finally:
                 del self._context, self._call, self.setup  # they and we would keep each other alive
-        self.was_forked = isinstance(self._popen, ZygotePopen)
         if readers is not None:
             readers.start()
             context.outputs.append(readers)
         else:
             announce_exit(self)
-
-    def send_call(self, cancelled: threading.Event) -> bool:
-        """Send the process what it is to run; False if ``cancelled`` was set before it could take that."""
-        return bool(self._popen.send_call(cancelled))  # type: ignore[union-attr]
 
     def release(self) -> None:
         """Close the files by which the process is watched, if it has ended; its exit code stays known."""
@@ -243,7 +239,9 @@ class EngineProcess(SpawnProcess):
             self._popen = EndedPopen(self._popen)
 
     def _Popen(self, process: EngineProcess) -> Popen:  # type: ignore[override]  # noqa: N802
-        return self._context.make(process)
+        popen = self._context.make(process)
+        self.was_forked = isinstance(popen, ZygotePopen)
+        return popen
 
     def _bootstrap(self, parent_sentinel: int | None = None) -> int:
         exit_code = super()._bootstrap(parent_sentinel)  # type: ignore[misc]
